@@ -1,0 +1,517 @@
+# SPDX-License-Identifier: MIT
+"""ClusterFormer: clustering as a universal visual learner, in one file.
+
+After "ClusterFormer: Clustering As A Universal Visual Learner" (NeurIPS 2023, arXiv 2309.13196).
+Copy this file into any project; it needs PyTorch and nothing else.
+
+    model = ClusterFormer("cls", "tiny", num_classes=1000)
+    logits = model(images)["logits"]        # images: float RGB in [0, 1], (B, 3, H, W), any H, W >= 32
+
+Self-attention compares every token with every other: N x N.  ClusterFormer puts K cluster centers between
+them.  Tokens are assigned to centers, centers move to their tokens, a few times over; then every token takes
+back what its clusters have gathered: N x K, linear in the number of pixels, and the assignment of pixels to
+clusters is a picture that can be looked at.
+
+    centers at first    C(0) = pool(I) + FFN(pool(I))             the cells of a grid, averaged
+    E-step              M(t) = softmax_K( Q(C(t-1)) K(I)^T )      every pixel is shared out among K clusters
+    M-step              C(t) = C(t-1) + M(t) V(I) / M(t) 1        every center moves by the mean of its pixels
+    dispatching         p_i' = p_i + MLP( 1/K sum_k sim(C_k, p_i) C_k )
+
+E- and M-step alternate T = 3 times with the same Q, K and V: a recursion, not a stack of T layers.
+
+Letters, here and in the shapes at the ends of lines:
+
+    B  images         H, W  height and width of a map, in tokens     N  tokens = H W        D  channels
+    K  centers        h     heads, each clustering on its own        d  channels of a head = D / h
+    T  recursions     I     the tokens                               C  the centers
+    M  the assignment: M[k, i] is the share that cluster k has of pixel i
+
+The file runs in the order in which an image meets it: where the centers start, clustering, dispatching, the
+block made of these, the backbone made of blocks, the head, and the model that holds them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+VARIANTS = {  # blocks and channels of the four stages
+    "nano": dict(depths=(1, 2, 4, 1), channels=(32, 64, 128, 256)),  # for a CPU, and for small images
+    "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768)),  # as Swin-T
+    "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768)),  # as Swin-S
+}
+HEAD_DIM = 32  # channels of one head; the best of 16 to 48 in the paper
+GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
+LAYER_SCALE = 0.1  # what a new branch adds at first: enough to learn at once, little enough for 24 blocks in a row
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Where the centers start
+# ---------------------------------------------------------------------------------------------------------------
+class Layout(NamedTuple):
+    """Where images lie in a map of H x W tokens; computed once for all the blocks of a stage.
+
+    In a batch of unequal images each lies at the top left of the map and padding fills the rest; `tokens` and
+    `centers` then tell what is real.  Images of one size have neither mask, and a 1 in place of B.
+    """
+
+    rows: torch.Tensor  # (B, kh, H)  row i averages the rows of the map that make up row i of the grid
+    columns: torch.Tensor  # (B, kw, W)  the same across
+    y: torch.Tensor  # (B, H)  height of each token in its image, -0.5 to 0.5
+    x: torch.Tensor  # (B, W)
+    tokens: torch.Tensor | None  # (B, H, W)  bool, True where there is image
+    centers: torch.Tensor | None  # (B, kh * kw)  bool, True where there is a center
+
+
+def grid_cells(length):
+    """Cells of the grid along a side of `length` tokens: GRID, but never fewer than two tokens to a cell."""
+    return (length + 1) // 2
+
+
+def split_side(lengths, size):
+    """Averaging over the cells of a grid along one side, as a matrix.
+
+    lengths: (B,) int64, the real length of each image in tokens.  size: length of the map, >= every length.
+    Returns (B, k, size) float32, rows summing to 1 (0 for cells that an image has not), and (B, k) bool, which
+    cells an image has.  Cells tile the side as evenly as integers allow and overlap by a token where they must,
+    as in torch's adaptive pooling; unlike there, every image of the batch may have its own length.
+    """
+    cell = torch.arange(min(GRID, grid_cells(size)), device=lengths.device)[:, None]  # (k, 1)
+    position = torch.arange(size, device=lengths.device)  # (size,)
+    lengths = lengths[:, None, None]  # (B, 1, 1)
+    cells = grid_cells(lengths).clamp(max=GRID)
+    start, end = cell * lengths // cells, ((cell + 1) * lengths + cells - 1) // cells  # (B, k, 1)
+    real = cell < cells
+    inside = (position >= start) & (position < end) & real  # (B, k, size)
+    return inside / inside.sum(-1, keepdim=True).clamp(min=1), real[..., 0]
+
+
+def layout_of(height, width, sizes=None, device=None):
+    """Layout of a map of height x width tokens.  sizes: (B, 2) int64, real heights and widths in tokens, or None."""
+    masked = sizes is not None
+    if not masked:
+        sizes = torch.stack([torch.full((1,), height, device=device), torch.full((1,), width, device=device)], 1)
+    (rows, real_rows), (columns, real_columns) = split_side(sizes[:, 0], height), split_side(sizes[:, 1], width)
+    y = (torch.arange(height, device=device) + 0.5) / sizes[:, :1] - 0.5
+    x = (torch.arange(width, device=device) + 0.5) / sizes[:, 1:] - 0.5
+    if not masked:
+        return Layout(rows, columns, y, x, None, None)
+    tokens = (y < 0.5)[:, :, None] & (x < 0.5)[:, None]
+    return Layout(rows, columns, y, x, tokens, (real_rows[:, :, None] & real_columns[:, None]).flatten(1))
+
+
+class CenterInitialization(nn.Module):
+    """C(0) = FFN(AdaptivePooling_K(I)): centers are seen in the image, not learned for the data set.
+
+    The FFN is residual and starts at zero, so that a center begins as the plain mean of its cell and attracts the
+    pixels that look like it.  It is narrow: at the usual ratio of 4 it would hold as much as the rest of the block.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim // 8), nn.GELU(), nn.Linear(dim // 8, dim))
+        nn.init.zeros_(self.ffn[-1].weight)
+        nn.init.zeros_(self.ffn[-1].bias)
+
+    def forward(self, x, layout):
+        """x: map (B, H, W, D).  Returns (B, K, D), K = kh * kw."""
+        pooled = (layout.rows.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, kh, W, D)
+        pooled = (layout.columns[:, None].to(x.dtype) @ pooled).flatten(1, 2)  # (B, K, D)
+        return pooled + self.ffn(pooled)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Recurrent cross-attention clustering: the E- and M-steps
+# ---------------------------------------------------------------------------------------------------------------
+class RecurrentCrossAttentionClustering(nn.Module):
+    """T rounds of EM between K centers and N tokens, in each head on its own.
+
+        E-step    M(t) = softmax_K( tau cos(Q(C(t-1)), K(I)) )
+        M-step    C(t) = C(t-1) + M(t) V(I) / M(t) 1
+
+    - Softmax over K, not over N: every pixel is shared out among the clusters, its shares sum to 1.  (Attention
+      normalises over N instead: every center would take its own pick, and pixels might go unseen.)
+    - Cosine and a temperature tau per head: with plain dot products long vectors would win every pixel.
+    - Divided by the mass M 1: the M-step of EM is a mean.  The sum would grow with the number of pixels.
+    - Added to the center: gradients reach C(0) through all T rounds, and a cluster without pixels stays put.
+    - Q, K and V start as the identity, so that from the first step a center attracts the pixels that look like it,
+      and stays in the space of the pixels.
+    - Each head projects its own d channels only.  Heads meet in the MLP that follows, as in ConvNeXt; full projections
+      of D to D channels cost D / d times as much and were no better.
+
+    What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
+    softmax turns them into M, one product reads it.  The mass rides along as a column of ones in V.  Keys and values
+    are projected once, whatever T is.
+    """
+
+    def __init__(self, dim, num_heads, iterations=3):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads, self.iterations = num_heads, iterations
+        identity = torch.eye(dim // num_heads).expand(num_heads, -1, -1)
+        self.q, self.k, self.v = (nn.Parameter(identity.clone()) for _ in range(3))  # (h, d, d)
+        self.log_temperature = nn.Parameter(torch.full((num_heads,), math.log(10.0)))
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, n, D) -> (B, h, n, d)
+
+    def forward(self, centers, tokens, mask=None, center_mask=None, trace=None):
+        """Cluster the tokens.
+
+        centers: (B, K, D).  tokens: (B, N, D).
+        mask: (B, N) bool, True for real tokens, or None if all are; the others weigh nothing.
+        center_mask: (B, K) bool, True for real centers, or None if all are; the others get no pixels.
+        trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
+        Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
+        """
+        heads = self.split_heads(tokens)  # (B, h, N, d)
+        keys, values = heads @ self.k, heads @ self.v
+        # The rounds run in float32 also under autocast.  It costs no memory traffic: the softmax gives float32 in any
+        # case, and to cast M down would be one more pass over it.
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        keys = F.normalize(keys.to(dtype), dim=-1)
+        values = F.pad(values.to(dtype), (0, 1), value=1.0)  # (B, h, N, d + 1)
+        if mask is not None:
+            values = values * mask[:, None, :, None]  # zero in V and in the ones: neither pull nor mass
+        history = {"centers": [centers], "assignments": []}
+        with torch.autocast(tokens.device.type, enabled=False):
+            centers, q = centers.to(dtype), self.q.to(dtype)
+            tau = self.log_temperature.to(dtype).exp().clamp(max=100.0).view(-1, 1, 1)  # at 100 a softmax is an argmax
+            for _ in range(self.iterations):
+                queries = tau * F.normalize(self.split_heads(centers) @ q, dim=-1)  # (B, h, K, d)
+                similarity = keys @ queries.transpose(-2, -1)  # (B, h, N, K): K last, where the softmax is one pass
+                if center_mask is not None:
+                    similarity = similarity.masked_fill(~center_mask[:, None, None], -torch.inf)
+                assignment = similarity.softmax(-1)  # (B, h, N, K)
+                sums = values.transpose(-2, -1) @ assignment  # (B, h, d + 1, K)
+                means = sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1e-6)  # (B, h, d, K)
+                centers = centers + means.flatten(1, 2).transpose(1, 2)  # (B, K, D)
+                if trace is not None:
+                    history["centers"].append(centers)
+                    history["assignments"].append(assignment.transpose(-2, -1))
+        assignment = assignment.transpose(-2, -1)  # (B, h, K, N)
+        if mask is not None:
+            assignment = assignment * mask[:, None, None]
+        if trace is not None:
+            trace.append(history)
+        return centers.to(tokens.dtype), assignment
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Feature dispatching: what the clusters have gathered goes back to the tokens
+# ---------------------------------------------------------------------------------------------------------------
+class FeatureDispatching(nn.Module):
+    """p_i' = p_i + 1/K sum_k sim(C_k, p_i) C_k, the paper's Eq. 6 with the similarity that is already there.
+
+    sim(C_k, p_i) = K M[k, i]: the assignment of the last E-step, in each head.  1/K and K cancel, and a token receives a
+    mean of its centers, in the shares in which it was counted among them.  A similarity of its own (a sigmoid of the
+    cosine, in the released code) would be a fifth product and pass over (B, h, K, N).
+    The MLP of Eq. 6 is the block's, on its next line: there it sees the token and its clusters together.
+    """
+
+    def __init__(self, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, centers, assignment):
+        """centers: (B, K, D).  assignment: (B, h, K, N).  Returns what each token receives, (B, N, D)."""
+        heads = centers.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(assignment.dtype)  # (B, h, K, d)
+        with torch.autocast(centers.device.type, enabled=False):  # as in the rounds: M is float32 already
+            received = assignment.transpose(-2, -1) @ heads  # (B, h, N, d)
+        return received.transpose(1, 2).flatten(2)  # (B, N, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The block
+# ---------------------------------------------------------------------------------------------------------------
+class ClusterBlock(nn.Module):
+    """One layer of the backbone: look around, cluster, dispatch, then think.
+
+        x = x + DepthwiseConv(x)                        where: the clusters themselves know no neighbourhood
+        C, M = cluster(C(0), norm(x))                   what belongs together
+        x = x + scale * dispatch(C, M)
+        x = x + scale * MLP(norm(x))
+    """
+
+    def __init__(self, dim, num_heads, iterations=3, mlp_ratio=4, drop_path=0.0):
+        super().__init__()
+        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.cluster_norm = nn.LayerNorm(dim)
+        self.start = CenterInitialization(dim)
+        self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations)
+        self.dispatch = FeatureDispatching(num_heads)
+        self.dispatch_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
+        self.drop_path = drop_path
+
+    def add(self, x, branch, scale):
+        """x + scale * branch; in training the branch is left out of an image with probability drop_path."""
+        if self.training and self.drop_path:
+            keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop_path
+            scale = scale * keep / (1 - self.drop_path)
+        return torch.addcmul(x, branch, scale)  # one pass over the map instead of two
+
+    def forward(self, x, layout, trace=None):
+        """x: map (B, H, W, D).  layout: of this map.  trace: as in RecurrentCrossAttentionClustering.
+
+        Returns the map, same shape.
+        """
+        if layout.tokens is not None:
+            x = x * layout.tokens[..., None]  # the convolution must see the same zeros beyond an image as at a border
+        x = x + self.position(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        tokens = self.cluster_norm(x)
+        mask = None if layout.tokens is None else layout.tokens.flatten(1)
+        centers, assignment = self.cluster(
+            self.start(tokens, layout), tokens.flatten(1, 2), mask, layout.centers, trace
+        )  # (B, K, D), (B, h, K, N)
+        if trace is not None:
+            trace[-1]["size"] = x.shape[1:3]
+        x = self.add(x, self.dispatch(centers, assignment).view_as(x), self.dispatch_scale)
+        return self.add(x, self.mlp(self.mlp_norm(x)), self.mlp_scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. The backbone
+# ---------------------------------------------------------------------------------------------------------------
+def check_images(images):
+    """Raises ValueError unless images are a float tensor (B, 3, H, W) with H, W >= 32, or a list of (3, H, W)."""
+    for image in images if isinstance(images, (list, tuple)) else [images]:
+        dims = 3 if isinstance(images, (list, tuple)) else 4
+        if not isinstance(image, torch.Tensor) or image.ndim != dims or image.shape[-3] != 3:
+            shape = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ValueError(f"images must be a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {shape}")
+        if not image.is_floating_point():
+            raise ValueError(f"images must be float RGB in [0, 1], got {image.dtype}; divide by 255")
+        if min(image.shape[-2:]) < 32:
+            raise ValueError(f"images must be at least 32 x 32 pixels, got {image.shape[-2]} x {image.shape[-1]}")
+    if len(images) == 0:
+        raise ValueError("images must hold at least one image")
+
+
+def batch_images(images):
+    """One tensor for a list of images.
+
+    images: (B, 3, H, W), or a list of (3, H, W) of any sizes.
+    Returns (B, 3, H, W), and None if all have one size, else sizes (B, 2) int64 in pixels; padding is zero.
+    """
+    if isinstance(images, torch.Tensor):
+        return images, None
+    if len({image.shape for image in images}) == 1:
+        return torch.stack(list(images)), None
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    for padded, image in zip(batch, images):
+        padded[:, : image.shape[-2], : image.shape[-1]] = image
+    return batch, torch.tensor(sizes, device=batch.device)
+
+
+def pad_to_multiple(images, multiple):
+    """(B, C, H, W) with zeros at the bottom and the right, so that H and W are divisible."""
+    return F.pad(images, (0, -images.shape[-1] % multiple, 0, -images.shape[-2] % multiple))
+
+
+class Backbone(nn.Module):
+    """Four stages of cluster blocks at strides 4, 8, 16 and 32 (2, 4, 8, 16 with patch_size 2).
+
+    backbone(images) gives four maps that drop into any detector; backbone.channels are their widths.
+    """
+
+    def __init__(self, depths, channels, patch_size=4, iterations=3, drop_path=0.0):
+        super().__init__()
+        self.channels, self.strides = tuple(channels), tuple(patch_size * 2**i for i in range(4))
+        # Normalisation is part of the model: wherever the file is copied, images come as they are, in [0, 1].
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.patch_embed = nn.Conv2d(3, channels[0], patch_size, stride=patch_size)
+        self.coordinates = nn.Linear(2, channels[0], bias=False)
+        self.embed_norm = nn.LayerNorm(channels[0])
+        rates = torch.linspace(0, drop_path, sum(depths)).tolist()  # deeper blocks are left out more often
+        self.stages, self.downsample_norms, self.downsamples = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for i, (depth, dim) in enumerate(zip(depths, channels)):
+            if i > 0:
+                self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
+                self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
+            blocks = [ClusterBlock(dim, dim // HEAD_DIM, iterations, drop_path=rates.pop(0)) for _ in range(depth)]
+            self.stages.append(nn.ModuleList(blocks))
+
+    def embed(self, images, sizes):
+        """Pixels to tokens: patches of colour, and where in the image they are.
+
+        Returns the map (B, H, W, D) and its layout.  Concatenating two channels of coordinates to RGB before the
+        patch convolution, as the released code does, comes to the same: a linear map of the patch's place.
+        """
+        x = (images - self.mean) / self.std
+        if sizes is not None:  # padding of zeros after normalising, as at the border of an image on its own
+            inside = layout_of(*images.shape[-2:], sizes).tokens
+            x = x * inside[:, None]
+            sizes = -(-sizes // self.strides[0])
+        x = self.patch_embed(pad_to_multiple(x, self.strides[0])).permute(0, 2, 3, 1)  # (B, H, W, D)
+        layout = layout_of(x.shape[1], x.shape[2], sizes, x.device)
+        y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
+        return self.embed_norm(x + self.coordinates(torch.stack([y, x_], -1))), layout, sizes
+
+    def forward(self, images, sizes=None, trace=None):
+        """images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W) of any sizes >= 32 x 32.
+
+        sizes: (B, 2) int64, heights and widths in pixels of images padded to one tensor; None for a list.
+        trace: a list to which one dictionary per block is appended, in order (no cost if None):
+            "centers"      C(0) .. C(T), each (B, K, D)
+            "assignments"  M(1) .. M(T), each (B, h, K, N)
+            "size"         (H, W) of the N tokens
+            "stage"        0 to 3
+        Returns four maps (B, C, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
+        """
+        check_images(images)
+        if not isinstance(images, torch.Tensor):
+            images, sizes = batch_images(images)
+        x, layout, sizes = self.embed(images, sizes)
+        maps = []
+        for i, blocks in enumerate(self.stages):
+            if i > 0:
+                x = self.downsample_norms[i - 1](x)
+                if layout.tokens is not None:
+                    x = x * layout.tokens[..., None]
+                    sizes = -(-sizes // 2)
+                x = self.downsamples[i - 1](pad_to_multiple(x.permute(0, 3, 1, 2), 2)).permute(0, 2, 3, 1)
+                layout = layout_of(x.shape[1], x.shape[2], sizes, x.device)
+            for block in blocks:
+                x = block(x, layout, trace)
+                if trace is not None:
+                    trace[-1]["stage"] = i
+            maps.append(x.permute(0, 3, 1, 2))
+        return maps
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. Classification
+# ---------------------------------------------------------------------------------------------------------------
+class ClassificationHead(nn.Module):
+    """Clusters the last map once more and lets every cluster vote.
+
+        logits = bias + W mean_k norm(C_k)
+
+    Everything after the norm is linear, so that a logit is exactly the bias plus the mean over the centers of
+    w . norm(C_k), each center's share, and M_k / (M_k 1) spreads a share over the pixels without changing its sum: an
+    explanation that adds up.  Clustering once more puts the last block's dispatching to use.
+    """
+
+    def __init__(self, dim, num_heads, num_classes, iterations=3):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.start = CenterInitialization(dim)
+        self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations)
+        self.center_norm = nn.LayerNorm(dim)
+        self.classifier = nn.Linear(dim, num_classes)
+
+    def forward(self, x, layout, trace=None):
+        """x: last map (B, H, W, D).  Returns logits (B, num_classes)."""
+        tokens = self.norm(x)
+        mask = None if layout.tokens is None else layout.tokens.flatten(1)
+        centers, _ = self.cluster(self.start(tokens, layout), tokens.flatten(1, 2), mask, layout.centers, trace)
+        if trace is not None:
+            trace[-1].update(size=x.shape[1:3], stage="head")
+        centers = self.center_norm(centers)  # (B, K, D)
+        if layout.centers is None:
+            mean = centers.mean(1)  # (B, D)
+        else:
+            real = layout.centers[..., None].to(centers.dtype)
+            mean = (centers * real).sum(1) / real.sum(1)
+        return self.classifier(mean)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 7. The model
+# ---------------------------------------------------------------------------------------------------------------
+class ClusterFormer(nn.Module):
+    """Backbone and head of one task.
+
+    model(images) -> {"logits": (B, num_classes)}; model.predict(images) -> one dictionary per image.
+    """
+
+    def __init__(
+        self,
+        task="cls",  # "cls": classification
+        variant="tiny",  # a key of VARIANTS
+        num_classes=1000,
+        patch_size=4,  # 4, or 2 for images of about 32 x 32 pixels
+        iterations=3,  # T, rounds of E- and M-step; memory and time of the maps grow with it
+        drop_path=0.0,  # stochastic depth: probability of leaving out a branch of the last block, 0 in the first
+    ):
+        super().__init__()
+        if task != "cls":
+            raise ValueError(f"task must be 'cls', got {task!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        self.task, self.num_classes = task, num_classes
+        self.backbone = Backbone(**VARIANTS[variant], patch_size=patch_size, iterations=iterations, drop_path=drop_path)
+        dim = self.backbone.channels[-1]
+        self.head = ClassificationHead(dim, dim // HEAD_DIM, num_classes, iterations)
+
+    def forward(self, images, trace=None):
+        """images and trace: as in Backbone; the head appends one more dictionary, its stage "head".
+
+        Checks shapes and dtype (ValueError), not the range of values: that would wait for the GPU at every step.
+        """
+        check_images(images)
+        images, sizes = batch_images(images)
+        x = self.backbone(images, sizes, trace)[-1].permute(0, 2, 3, 1)  # (B, H, W, D)
+        if sizes is not None:
+            sizes = -(-sizes // self.backbone.strides[-1])
+        return {"logits": self.head(x, layout_of(x.shape[1], x.shape[2], sizes, x.device), trace)}
+
+    @torch.no_grad()
+    def predict(self, images):
+        """Answers for people.  images: as in forward; raises ValueError also if a value is not within [0, 1].
+
+        Returns one dictionary per image: "scores" (5,) float32, highest first, and "labels" (5,) int64 (fewer where
+        there are fewer classes).  The model is in evaluation mode meanwhile.
+        """
+        check_images(images)
+        for image in images:
+            low, high = image.aminmax()
+            if not (low >= 0 and high <= 1):  # also catches NaN
+                raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")
+        training = self.training
+        self.eval()
+        scores = self(images)["logits"].float().softmax(-1)
+        self.train(training)
+        scores, labels = scores.topk(min(5, self.num_classes))
+        return [{"scores": s, "labels": l} for s, l in zip(scores, labels)]
+
+
+def load_checkpoint(path, ema=True):
+    """A model as train.py left it, in evaluation mode on the CPU, and the checkpoint's dictionary.
+
+    ema: take the averaged weights, which are the ones that train.py reports.
+    Raises ValueError, in one line, if the file is not a whole checkpoint of train.py.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code runs from the file
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # a broken archive shows as any of half a dozen exceptions
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "ema", "settings", "classes"} <= checkpoint.keys():
+        raise ValueError(f"{path}: not a checkpoint of train.py: no model, ema, settings and classes in it")
+    settings, classes = checkpoint["settings"], checkpoint["classes"]
+    try:
+        model = ClusterFormer(settings["task"], settings["variant"], len(classes), patch_size=settings["patch_size"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: its weights are not those of a {settings['variant']} with {len(classes)} classes"
+        ) from error
+    return model.eval(), checkpoint

@@ -1,0 +1,761 @@
+# SPDX-License-Identifier: MIT
+"""Facts about the method and its use, against references written here in NumPy.   pytest -q"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+import clusterformer as cf
+import data
+import eval as evaluation
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def random_model(**arguments):
+    """A nano model whose every parameter is random, so that no branch is at its neutral start."""
+    torch.manual_seed(0)
+    model = cf.ClusterFormer("cls", "nano", num_classes=10, **arguments).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def random_clustering(dim=12, heads=3, iterations=1, dtype=torch.float64):
+    torch.manual_seed(1)
+    module = cf.RecurrentCrossAttentionClustering(dim, heads, iterations).to(dtype)
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+def softmax(x, axis):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def em_step(C, I, W_q, W_k, W_v, temperature):
+    """One E- and one M-step for one image, head by head.  C (K, D), I (N, D) -> C (K, D), M (h, K, N)."""
+    heads = len(temperature)
+    d = C.shape[1] // heads
+    moved, M = C.copy(), []
+    for h in range(heads):
+        part = slice(h * d, (h + 1) * d)
+        q, k, v = C[:, part] @ W_q[h], I[:, part] @ W_k[h], I[:, part] @ W_v[h]
+        cosine = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (k / np.linalg.norm(k, axis=1, keepdims=True)).T
+        M.append(softmax(temperature[h] * cosine, axis=0))
+        for center in range(len(C)):
+            moved[center, part] += sum(M[h][center, i] * v[i] for i in range(len(I))) / M[h][center].sum()
+    return moved, np.stack(M)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_recursion_is_an_em_step(iterations):
+    module = random_clustering(iterations=iterations)
+    centers, tokens = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 17, 12, dtype=torch.float64)
+    C, M = module(centers, tokens)
+    weights = [weight.detach().numpy() for weight in (module.q, module.k, module.v)]
+    temperature = module.log_temperature.detach().exp().flatten().numpy()
+    for image in range(2):
+        expected = centers[image].numpy()
+        for _ in range(iterations):
+            expected, assignment = em_step(expected, tokens[image].numpy(), *weights, temperature)
+        np.testing.assert_allclose(C[image].detach().numpy(), expected, atol=1e-10)
+        np.testing.assert_allclose(M[image].detach().numpy(), assignment, atol=1e-10)
+
+
+def test_sharp_assignments_of_unit_tokens_give_spherical_kmeans():
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(60, 8))
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    centers = tokens[:4].copy()
+    module = cf.RecurrentCrossAttentionClustering(8, 1, iterations=1).double()
+    for weight in (module.q, module.k, module.v):
+        assert torch.equal(weight[0], torch.eye(8, dtype=torch.float64))
+    module.log_temperature.data.fill_(math.log(100.0))
+    scale = 1e3  # 100 times the cosine is not yet an argmax; of well separated tokens it is
+    tokens = tokens[np.sort(tokens @ centers.T, axis=1)[:, -1] - np.sort(tokens @ centers.T, axis=1)[:, -2] > 0.15]
+    new, _ = module(torch.tensor(centers)[None], torch.tensor(tokens)[None])
+    nearest = (tokens @ centers.T).argmax(1)
+    means = np.stack([tokens[nearest == k].mean(0) for k in range(4)])
+    np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=scale * 1e-9)
+
+
+def test_each_pixel_is_shared_out_among_the_clusters_and_padding_belongs_to_none():
+    module = random_clustering(iterations=2)
+    mask = torch.rand(3, 20) < 0.7
+    _, M = module(torch.randn(3, 6, 12, dtype=torch.float64), torch.randn(3, 20, 12, dtype=torch.float64), mask)
+    assert M.shape == (3, 3, 6, 20)
+    torch.testing.assert_close(M.sum(2), mask[:, None].expand(3, 3, 20).double())
+    assert (M.transpose(2, 3)[(~mask)[:, None].expand(3, 3, 20)] == 0).all()
+
+
+def test_masked_tokens_and_centers_change_nothing():
+    module = random_clustering(iterations=3)
+    centers, tokens = torch.randn(1, 5, 12, dtype=torch.float64), torch.randn(1, 9, 12, dtype=torch.float64)
+    C, M = module(centers, tokens)
+    more_centers = torch.cat([centers, 9 * torch.randn(1, 2, 12, dtype=torch.float64)], 1)
+    more_tokens = torch.cat([tokens, 9 * torch.randn(1, 4, 12, dtype=torch.float64)], 1)
+    C_, M_ = module(more_centers, more_tokens, torch.arange(13)[None] < 9, torch.arange(7)[None] < 5)
+    torch.testing.assert_close(C_[:, :5], C)
+    torch.testing.assert_close(M_[:, :, :5, :9], M)
+    assert (M_[:, :, 5:] == 0).all()
+
+
+def test_permuting_the_tokens_permutes_the_assignment_and_leaves_the_centers():
+    module = random_clustering(iterations=3)
+    centers, tokens = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 17, 12, dtype=torch.float64)
+    order = torch.randperm(17)
+    C, M = module(centers, tokens)
+    C_, M_ = module(centers, tokens[:, order])
+    torch.testing.assert_close(C_, C)
+    torch.testing.assert_close(M_, M[..., order])
+
+
+def test_gradients_agree_with_finite_differences():
+    module = random_clustering(dim=4, heads=2, iterations=3)
+    centers = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(module.parameters())
+    assert torch.autograd.gradcheck(lambda c, x, *_: module(c, x), (centers, tokens, *parameters))
+
+
+def test_keys_and_values_are_projected_once_whatever_T_is():
+    N, K, D, d = 64, 4, 32, 16
+    tokens, centers = torch.randn(1, N, D), torch.randn(1, K, D)
+    for T in (1, 2, 5):
+        module = cf.RecurrentCrossAttentionClustering(D, D // d, T)
+        with FlopCounterMode(display=False) as counter:
+            module(centers, tokens)
+        a_round = K * D * d + K * N * D + K * N * (D + D // d)  # Q, similarities, M-step with its column of ones
+        assert counter.get_total_flops() / 2 == 2 * N * D * d + T * a_round
+
+
+def test_a_new_center_attracts_the_pixels_that_look_like_it():
+    torch.manual_seed(0)
+    module = cf.RecurrentCrossAttentionClustering(64, 2)
+    kinds = torch.randn(3, 64)
+    tokens = kinds[torch.arange(30) % 3][None] + 0.1 * torch.randn(1, 30, 64)
+    C, M = module(kinds[None], tokens)
+    assert (M[0].argmax(1) == torch.arange(30) % 3).all()
+    assert (F.cosine_similarity(C[0], kinds) > 0.9).all()
+
+
+def test_dispatching_is_equation_6():
+    rng = np.random.default_rng(0)
+    K, N, h, d = 4, 7, 2, 3
+    C, M = rng.normal(size=(K, h * d)), softmax(rng.normal(size=(h, K, N)), axis=1)
+    received = cf.FeatureDispatching(h)(torch.tensor(C)[None], torch.tensor(M)[None])[0].numpy()
+    for i in range(N):
+        for head in range(h):
+            part = slice(head * d, (head + 1) * d)
+            expected = sum(K * M[head, k, i] * C[k, part] for k in range(K)) / K  # 1/K sum_k sim(C_k, p_i) C_k
+            np.testing.assert_allclose(received[i, part], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("height, width", [(56, 56), (7, 13), (1, 2), (25, 19)])
+def test_centers_start_as_the_means_of_grid_cells(height, width):
+    x = torch.randn(2, height, width, 8)
+    start = cf.CenterInitialization(8)
+    grid = (min(10, (height + 1) // 2), min(10, (width + 1) // 2))
+    expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(start(x, cf.layout_of(height, width)), expected)
+
+
+def test_a_logit_is_the_bias_plus_the_mean_of_the_shares_of_the_centers():
+    model, trace = random_model(), []
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        logits = model(image, trace)["logits"][0]
+        head, (C, M) = model.head, (trace[-1]["centers"][-1][0], trace[-1]["assignments"][-1][0])
+        shares = head.center_norm(C) @ head.classifier.weight.T  # (K, classes)
+        torch.testing.assert_close(head.classifier.bias + shares.mean(0), logits)
+        weight = M.mean(0) / M.mean(0).sum(1, keepdim=True)  # (K, N), rows sum to 1
+        spread = weight.T @ shares / len(shares)  # (N, classes): the same shares, over pixels
+        torch.testing.assert_close(head.classifier.bias + spread.sum(0), logits)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model and its use
+# ---------------------------------------------------------------------------------------------------------------
+def test_an_image_alone_and_among_others_gives_the_same():
+    model = random_model()
+    images = [torch.rand(3, *size) for size in [(64, 64), (33, 90), (100, 47), (32, 32)]]
+    with torch.no_grad():
+        together = model(images)["logits"]
+        alone = torch.cat([model(image[None])["logits"] for image in images])
+        maps, single = model.backbone(images), model.backbone(images[1][None])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    for among, own in zip(maps, single):
+        torch.testing.assert_close(among[1:2, :, : own.shape[2], : own.shape[3]], own, atol=1e-4, rtol=1e-4)
+
+
+def test_what_lies_in_the_padding_does_not_matter():
+    model = random_model()
+    images, sizes = cf.batch_images([torch.rand(3, 40, 70), torch.rand(3, 64, 50)])
+    padding = images.clone()
+    padding[0, :, 40:], padding[1, :, :, 50:] = 1.0, 0.5
+    with torch.no_grad():
+        for a, b in zip(model.backbone(images, sizes), model.backbone(padding, sizes)):
+            rows, columns = -(-40 * a.shape[2] // 64), a.shape[3]
+            torch.testing.assert_close(a[0, :, :rows, :columns], b[0, :, :rows, :columns])
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (224, 224), (61, 300)])
+def test_the_backbone_gives_four_maps_for_any_size(height, width):
+    maps = random_model().backbone(torch.rand(1, 3, height, width))
+    for stride, channels, x in zip((4, 8, 16, 32), (32, 64, 128, 256), maps):
+        assert x.shape == (1, channels, math.ceil(height / stride), math.ceil(width / stride))
+
+
+def test_patch_size_2_halves_the_strides():
+    model = random_model(patch_size=2)
+    assert [x.shape[-1] for x in model.backbone(torch.rand(1, 3, 32, 32))] == [16, 8, 4, 2]
+    assert model.backbone.strides == (2, 4, 8, 16)
+
+
+def test_the_trace_holds_every_round_of_every_block_and_changes_nothing():
+    model, trace = random_model(), []
+    image = torch.rand(2, 3, 64, 80)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image, trace)["logits"], model(image)["logits"], atol=0, rtol=0)
+    assert [entry["stage"] for entry in trace] == [0, 1, 1, 2, 2, 2, 2, 3, "head"]
+    for entry in trace:
+        assert len(entry["centers"]) == 4 and len(entry["assignments"]) == 3
+        B, h, K, N = entry["assignments"][0].shape
+        assert N == math.prod(entry["size"]) and entry["centers"][0].shape[:2] == (B, K)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = random_model().train()
+    model(torch.rand(2, 3, 96, 96))["logits"].square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("variant, parameters, macs", [("tiny", 28.6e6, 5.6e9), ("small", 50e6, None), ("nano", 3e6, None)])
+def test_sizes_are_those_of_the_paper(variant, parameters, macs):
+    model = cf.ClusterFormer("cls", variant)
+    assert parameters / 3 <= sum(p.numel() for p in model.parameters()) <= parameters
+    if macs:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.rand(1, 3, 224, 224))
+        assert counter.get_total_flops() / 2 <= macs
+
+
+def test_stochastic_depth_leaves_branches_out_in_training_only():
+    model = random_model(drop_path=0.5)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(image)["logits"], model(image)["logits"])
+        model.train()
+        assert not torch.equal(model(image)["logits"], model(image)["logits"])
+        block = model.backbone.stages[-1][-1]
+        x, branch = torch.zeros(4000, 1, 1, 2), torch.ones(4000, 1, 1, 2)
+        added = block.add(x, branch, torch.ones(2))
+    assert set(added.unique().tolist()) == {0.0, 2.0} and abs(added.mean() - 1) < 0.1  # its expectation is the branch
+
+
+def test_bfloat16_autocast_is_close_and_keeps_the_maps_in_float32():
+    model, trace = random_model(), []
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        exact = model(image)["logits"]
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(image, trace)["logits"]
+    torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0.1)
+    for entry in trace:
+        assert entry["assignments"][-1].dtype == torch.float32
+        torch.testing.assert_close(entry["assignments"][-1].sum(2), torch.ones(()).expand_as(entry["assignments"][-1].sum(2)))
+
+
+def test_compiled_without_graph_breaks_it_gives_the_same(monkeypatch):
+    monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))  # compiling takes long
+    model, image = random_model(), torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(image)["logits"]
+        torch.testing.assert_close(compiled, model(image)["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_exported_it_gives_the_same_for_any_batch():
+    model = random_model()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (torch.rand(2, 3, 64, 48),), dynamic_shapes={"images": {0: batch}})
+    image = torch.rand(5, 3, 64, 48)
+    torch.testing.assert_close(exported.module()(image)["logits"], model(image)["logits"], atol=1e-5, rtol=1e-5)
+
+
+def test_predict_gives_the_five_best_classes_and_leaves_the_mode():
+    model = random_model().train()
+    images = [torch.rand(3, 40, 60), torch.rand(3, 64, 64)]
+    answers = model.predict(images)
+    assert model.training and len(answers) == 2
+    probabilities = model.eval()(images)["logits"].softmax(-1)
+    for answer, row in zip(answers, probabilities):
+        assert answer["labels"].tolist() == row.argsort(descending=True)[:5].tolist()
+        torch.testing.assert_close(answer["scores"], row.sort(descending=True).values[:5])
+
+
+@pytest.mark.parametrize(
+    "images, complaint",
+    [
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8; divide by 255"),
+        (torch.full((1, 3, 64, 64), 255.0), "values from 255 to 255"),
+        (torch.full((1, 3, 64, 64), -0.1), "RGB in \\[0, 1\\]"),
+        (torch.full((1, 3, 64, 64), math.nan), "RGB in \\[0, 1\\]"),
+        (torch.zeros(1, 3, 31, 64), "at least 32 x 32 pixels, got 31 x 64"),
+        (torch.zeros(1, 1, 64, 64), "got \\(1, 1, 64, 64\\)"),
+        (torch.zeros(3, 64, 64), "got \\(3, 64, 64\\)"),
+        ([torch.zeros(1, 3, 64, 64)], "got \\(1, 3, 64, 64\\)"),
+        ([np.zeros((3, 64, 64))], "got ndarray"),
+        ([], "at least one"),
+    ],
+)
+def test_predict_says_what_is_wrong_with_images(images, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        random_model().predict(images)
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(task="x"), dict(variant="huge"), dict(variant="nano", num_classes=0), dict(variant="nano", patch_size=0)]
+)
+def test_the_model_says_what_is_wrong_with_its_settings(arguments):
+    with pytest.raises(ValueError, match=list(arguments)[-1]):
+        cf.ClusterFormer(**arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------
+def test_shapes_are_a_function_of_seed_epoch_and_index():
+    shapes = data.Shapes(100, 64, seed=3, split="train")
+    image, label = shapes[2, 7]
+    again, same_label = data.Shapes(100, 64, seed=3, split="train")[2, 7]
+    assert torch.equal(image, again) and label == same_label
+    assert image.dtype == torch.float32 and image.shape == (3, 64, 64) and 0 <= image.min() and image.max() <= 1
+    for other in (shapes[2, 8], shapes[3, 7], data.Shapes(100, 64, seed=4, split="train")[2, 7]):
+        assert not torch.equal(image, other[0])
+    held_out = data.Shapes(100, 64, seed=3, split="val")[0, 7][0]
+    assert torch.equal(held_out, data.Shapes(100, 64, seed=4, split="val")[0, 7][0])
+    assert not torch.equal(held_out, data.Shapes(100, 64, seed=3, split="train")[0, 7][0])
+
+
+def test_the_label_of_shapes_is_the_class_of_the_largest_thing():
+    largest = []
+    for index in range(200):
+        rng = np.random.default_rng(index)
+        things, label = data.dominant_thing(rng)
+        _, segments = data.draw_scene(rng, 64, things)
+        areas = [(segments == i).sum() for i in range(len(things))]
+        largest.append(things[int(np.argmax(areas))][0] == label)
+        assert len(np.unique(segments[segments < 0])) >= 2 and segments.min() >= -len(data.STUFF)
+    assert np.mean(largest) > 0.99
+
+
+def test_colour_and_brightness_say_nothing_about_the_class():
+    shapes = data.Shapes(3000, 64, seed=0, split="train")
+    images, labels = zip(*[shapes[0, i] for i in range(3000)])
+    features = torch.stack([torch.cat([x[:, 16:48, 16:48].mean((1, 2)), x.mean((1, 2)), x.std((1, 2))]) for x in images])
+    features = torch.cat([features, torch.ones(3000, 1)], 1)
+    labels = torch.tensor(labels)
+    fit = torch.linalg.lstsq(features[:2000], F.one_hot(labels[:2000], 10).float()).solution
+    accuracy = ((features[2000:] @ fit).argmax(1) == labels[2000:]).float().mean()
+    assert len(data.THINGS) >= 8 and accuracy < 0.17  # chance is 0.10, with 1,000 images +- 0.01
+
+
+def test_a_global_batch_is_the_same_however_it_is_divided():
+    def batches(world_size, accumulate, **arguments):
+        parts = [
+            list(data.GlobalBatches(50, 12, 9, 5, rank, world_size, accumulate, **arguments)) for rank in range(world_size)
+        ]
+        assert all(len(part) == len(parts[0]) for part in parts)
+        steps = len(parts[0]) // accumulate
+        return [sum((key for p in parts for key in p[s * accumulate : (s + 1) * accumulate]), []) for s in range(steps)]
+
+    whole = batches(1, 1)
+    assert len(whole) == 9 and whole == batches(2, 1) == batches(3, 2) == batches(1, 4)
+    for epoch in range(2):
+        seen = sum(whole[4 * epoch : 4 * epoch + 4], [])
+        assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48  # nothing twice
+    assert batches(2, 1, first_step=5) == whole[5:]
+
+
+def test_mixup_and_cutmix_of_a_global_batch_are_the_same_however_it_is_divided():
+    pixels, labels = torch.rand(50, 3, 8, 8), torch.arange(50) % 7
+
+    def mixed(world_size, accumulate, step):
+        chunks = []
+        for rank in range(world_size):
+            keys = list(data.GlobalBatches(50, 12, 9, 5, rank, world_size, accumulate, neighbour=True))
+            for part in keys[step * accumulate : (step + 1) * accumulate]:
+                index = [i for _, i in part]
+                chunks.append(data.mix(pixels[index], labels[index], 7, 0.8, 1.0, 5, step))
+        return [torch.cat(x) for x in zip(*chunks)]
+
+    for step in range(6):
+        images, targets = mixed(1, 1, step)
+        for divided in [(2, 1), (3, 2), (1, 6)]:
+            other, other_targets = mixed(*divided, step)
+            assert torch.equal(images, other) and torch.equal(targets, other_targets)
+        torch.testing.assert_close(targets.sum(1), torch.ones(12))
+    assert not torch.equal(mixed(1, 1, 0)[1].sort().values, mixed(1, 1, 4)[1].sort().values)
+
+
+def write_images(root, split, classes, count=3, size=(40, 50)):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path, "train", ["cat", "dog"], 8)
+    write_images(tmp_path, "val", ["cat", "dog"], 3)
+    return tmp_path
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index_on_any_number_of_workers(folder):
+    images = data.Folder(folder, "train", data.train_transform(32, 27, 0.25), seed=1)
+    keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
+    torch.manual_seed(0)
+    alone = [x for x, _ in DataLoader(images, batch_sampler=keys)]
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    shared = [x for x, _ in DataLoader(images, batch_sampler=keys, num_workers=2)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared)) and not torch.equal(*alone)
+    torch.manual_seed(0)
+    images[0, 0]
+    undisturbed = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(undisturbed, torch.rand(3)) and state is not None
+
+
+def test_images_of_every_kind_are_read_rightly(tmp_path):
+    rgb = np.zeros((40, 60, 3), np.uint8)
+    rgb[:20], rgb[20:, :30], rgb[20:, 30:] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
+    upright = Image.fromarray(rgb)
+    grey = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27
+    Image.fromarray(grey).save(tmp_path / "16bit.png")
+    upright.convert("L").save(tmp_path / "grey.png")
+    upright.quantize(8).save(tmp_path / "palette.png")
+    upright.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    upright.convert("RGBA").save(tmp_path / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows of the file are columns of the picture
+    upright.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    for name in ("palette.png", "cmyk.jpg", "alpha.png", "turned.jpg"):
+        read = data.load_image(tmp_path / name)
+        assert read.mode == "RGB" and read.size == (60, 40)
+        assert np.abs(np.asarray(read).astype(int) - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, name
+    assert np.abs(np.asarray(data.load_image(tmp_path / "grey.png"))[..., 0] - np.asarray(upright.convert("L"))).max() == 0
+    assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - grey / 257).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------------
+def two_processes(rank, function, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    torch.save(function(rank), f"{path}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_two_processes(function, path):
+    torch.multiprocessing.spawn(two_processes, (function, str(path)), nprocs=2)
+    return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
+
+
+def loss_of(model, keys):
+    shapes = data.Shapes(100, 32, seed=0, split="train")
+    images, labels = zip(*[shapes[key] for key in keys])
+    return F.cross_entropy(model(torch.stack(images))["logits"], torch.tensor(labels))
+
+
+def gradients_of_half(rank):
+    model = random_model()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    (keys,) = data.GlobalBatches(100, 8, 1, 0, rank, 2)
+    loss_of(wrapped, keys).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_two_processes_give_the_gradients_of_one_with_both_batches(tmp_path):
+    first, second = on_two_processes(gradients_of_half, tmp_path)
+    model = random_model()
+    (keys,) = data.GlobalBatches(100, 8, 1, 0)
+    loss_of(model, keys).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(first[name], parameter.grad, atol=1e-5, rtol=1e-4)
+        assert torch.equal(first[name], second[name])
+
+
+def evaluate_a_part(rank):
+    return evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=7)
+
+
+def test_evaluation_on_two_processes_is_exact(tmp_path):
+    expected = evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=64)
+    assert expected["images"] == 101
+    assert on_two_processes(evaluate_a_part, tmp_path) == [expected, expected]
+
+
+def test_top1_and_top5_are_what_they_say():
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return {"logits": images[:, 0, 0]}
+
+    logits = torch.randn(50, 1, 1, 12)
+    labels = torch.randint(0, 12, (50,))
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, key):
+            return logits[key[1]], int(labels[key[1]])
+
+    ranks = [(row > row[label]).sum().item() for row, label in zip(logits[:, 0, 0], labels)]
+    metrics = evaluation.evaluate(Fixed(), Rows(), torch.device("cpu"), batch_size=8)
+    assert metrics == {"top1": sum(r < 1 for r in ranks) / 50, "top5": sum(r < 5 for r in ranks) / 50, "images": 50}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training and evaluating from the command line
+# ---------------------------------------------------------------------------------------------------------------
+def call(module, capsys, *arguments):
+    """Runs a script's main in this process.  Returns what it printed; raises SystemExit as the script would."""
+    argv, sys.argv = sys.argv, [module.__name__ + ".py", *map(str, arguments)]
+    try:
+        evaluation.run(module.main)
+    finally:
+        sys.argv = argv
+    return capsys.readouterr().out
+
+
+QUICK = ["--image-size", 32, "--patch-size", 2, "--batch-size", 50, "--workers", 0]
+
+
+@pytest.fixture
+def short_epochs(monkeypatch):
+    monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(200, *rest))
+    monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(40, 32, 0, "val"))
+
+
+def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
+    out = tmp_path / "run"
+    call(train, capsys, *QUICK[:-2], "--epochs", 1, "--workers", 1, "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.1
+    (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 200
+    printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", "--json", tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path, capsys, short_epochs):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = [*QUICK, "--drop-path", 0.2, "--epochs", 3]
+    call(train, capsys, *arguments, "--out", whole)
+    save, stopped = train.save, []
+
+    def stop_after_the_first(value, path):
+        save(value, path)
+        raise KeyboardInterrupt
+
+    train.save = stop_after_the_first
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call(train, capsys, *arguments, "--out", parts)
+    finally:
+        train.save = save
+    call(train, capsys, "--resume", "--out", parts, "--workers", 1)
+    a, b = (torch.load(out / "last.pt") for out in (whole, parts))
+    assert a["step"] == b["step"] == 12 and stopped == []
+    assert set(a) >= {"model", "ema", "optimizer", "step", "epoch", "settings", "classes"}
+    for weights in ("model", "ema"):
+        assert all(torch.equal(a[weights][name], b[weights][name]) for name in a[weights])
+
+
+def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, short_epochs):
+    for accumulate in (1, 5):
+        call(train, capsys, *QUICK, "--epochs", 1, "--accumulate", accumulate, "--mixup", 0.8, "--out", tmp_path / str(accumulate))
+    a, b = (torch.load(tmp_path / name / "last.pt")["model"] for name in ("1", "5"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)  # Adam's first steps magnify rounding
+
+
+def test_training_two_processes_under_torchrun(tmp_path, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command += ["--rdzv_endpoint=localhost:0", "train.py", "--data", folder, "--variant", "nano", "--image-size", 32]
+    command += ["--epochs", 2, "--warmup-epochs", 1, "--batch-size", 8, "--accumulate", 2, "--workers", 1, "--out", tmp_path / "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 6
+    assert done.stdout.count("images that it never saw") == 1
+
+
+def test_init_takes_what_fits_and_says_what_does_not(tmp_path, capsys, short_epochs, folder):
+    call(train, capsys, *QUICK, "--epochs", 1, "--out", tmp_path / "shapes")
+    arguments = ["--variant", "nano", "--epochs", 1, "--out", tmp_path / "run", "--init", tmp_path / "shapes" / "last.pt"]
+    printed = call(train, capsys, "--data", folder, *QUICK[:4], "--batch-size", 8, "--workers", 0, *arguments)
+    assert "new: head.classifier.bias, head.classifier.weight" in printed
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    model = cf.ClusterFormer("cls", "nano", num_classes=10).state_dict()
+    settings = dict(task="cls", variant="nano", patch_size=4, image_size=32, data=None)
+    torch.save(dict(model=model, ema=model, optimizer={}, step=1, epoch=1, best=0.0, settings=settings, classes=list(data.THINGS)), path)
+    return path
+
+
+def without_train(root):
+    (root / "train").rename(root / "training")
+
+
+def empty_class(root):
+    (root / "train" / "empty").mkdir()
+
+
+def strange_val(root):
+    write_images(root, "val", ["wolf"])
+
+
+def no_classes(root):
+    for path in sorted((root / "train").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+def half_an_image(root):
+    path = root / "val" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (without_train, "train: no such folder"),
+        (empty_class, "no valid file for the classes empty"),
+        (strange_val, "1 classes that the model is not trained for: wolf"),
+        (no_classes, "Couldn't find any class folder"),
+        (half_an_image, "0.png: cannot be read as an image"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_line_says_what_is_wrong_with_a_data_folder(tmp_path, capsys, folder, damage, complaint, workers):
+    damage(folder)
+    arguments = ["--data", folder, "--variant", "nano", "--image-size", 32, "--epochs", 1, "--batch-size", 8, "--workers", workers]
+    with pytest.raises(SystemExit) as stop:
+        call(train, capsys, *arguments, "--out", tmp_path / "run")
+    message = str(stop.value)
+    assert complaint in message and "\n" not in message and message.startswith("train.py: error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", 20000], "more than the 10000 training images"),
+        (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
+        (["--lr", "nan"], "--lr must be at least 0.0, got nan"),
+        (["--image-size", 31], "--image-size must be at least 32"),
+        (["--variant", "huge"], "--variant must be one of nano, tiny, small"),
+        (["--smoothing", 1.5], "--smoothing must be below 1"),
+        (["--epochs", 0], "--epochs must be at least 1"),
+        (["--init", "/no/such/file"], "/no/such/file: no such checkpoint"),
+    ],
+)
+def test_one_line_says_what_is_wrong_with_a_flag(tmp_path, capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as stop:
+        call(train, capsys, *arguments, "--out", tmp_path)
+    assert complaint in str(stop.value) and "\n" not in str(stop.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path, capsys, checkpoint):
+    (tmp_path / "last.pt").write_bytes(checkpoint.read_bytes())
+    with pytest.raises(SystemExit, match="--resume goes on with that run"):
+        call(train, capsys, "--out", tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == checkpoint.read_bytes()
+
+
+def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpoint, folder):
+    half = tmp_path / "half.pt"
+    half.write_bytes(checkpoint.read_bytes()[:100_000])
+    other = tmp_path / "other.pt"
+    torch.save({"weights": torch.zeros(2)}, other)
+    task = tmp_path / "task.pt"
+    content = torch.load(checkpoint)
+    torch.save(content | {"settings": content["settings"] | {"task": "det"}}, task)
+    fewer = tmp_path / "fewer.pt"
+    torch.save(content | {"classes": ["cat", "dog"]}, fewer)
+    for arguments, complaint in [
+        (["--checkpoint", tmp_path / "none.pt"], "no such checkpoint"),
+        (["--checkpoint", half], "half.pt: not a readable checkpoint"),
+        (["--checkpoint", other], "other.pt: not a checkpoint of train.py"),
+        (["--checkpoint", task], "task must be 'cls', got 'det'"),
+        (["--checkpoint", fewer], "fewer.pt: its weights are not those of a nano with 2 classes"),
+        (["--checkpoint", checkpoint, "--data", folder], "2 classes that the model is not trained for: cat, dog"),
+        (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], "nowhere: no such folder"),
+        (["--checkpoint", checkpoint, "--batch-size", 0], "--batch-size must be at least 1"),
+        (["--checkpoint", checkpoint, "--image-size", 16], "--image-size must be at least 32"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            call(evaluation, capsys, *arguments)
+        message = str(stop.value)
+        assert complaint in message and "\n" not in message and message.startswith("eval.py: error: "), message
+
+
+def test_an_error_has_no_traceback_and_an_exit_code():
+    done = subprocess.run([sys.executable, "train.py", "--batch-size", "0"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "train.py: error: --batch-size must be at least 1, got 0\n"
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "broken-in"),)
+
+    torch.save({"model": Malice(), "ema": {}, "settings": {}, "classes": []}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        cf.load_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "broken-in").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_explains_every_flag(script):
+    text = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True).stdout
+    for line in text.splitlines():
+        if line.startswith("  --"):
+            assert len(line.split()) > 1, line
+    assert "default" in text
+
+
+def test_the_module_needs_nothing_but_torch():
+    lines = open(os.path.join(HERE, "clusterformer.py")).read().splitlines()
+    imports = [line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))]
+    assert set(imports) - {"torch"} <= sys.stdlib_module_names
