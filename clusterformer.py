@@ -44,6 +44,8 @@ VARIANTS = {  # blocks and channels of the four stages
 }
 HEAD_DIM = 32  # channels of one head; the best of 16 to 48 in the paper
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
+CENTER_RATIO = 3  # hidden width of the FFN of the centers, in D: a block has at most 100 of them, however large the image
+TOKEN_RATIO = 2  # of the MLP of the tokens, of which there may be thousands; ConvNeXt and Swin spend 4 here
 LAYER_SCALE = 0.1  # what a new branch adds at first: enough to learn at once, little enough for 24 blocks in a row
 
 
@@ -106,12 +108,14 @@ class CenterInitialization(nn.Module):
     """C(0) = FFN(AdaptivePooling_K(I)): centers are seen in the image, not learned for the data set.
 
     The FFN is residual and starts at zero, so that a center begins as the plain mean of its cell and attracts the
-    pixels that look like it.  It is narrow: at the usual ratio of 4 it would hold as much as the rest of the block.
+    pixels that look like it.  This is where a block does most of its thinking: once per cluster, not once per pixel.
     """
 
     def __init__(self, dim):
         super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim // 8), nn.GELU(), nn.Linear(dim // 8, dim))
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, CENTER_RATIO * dim), nn.GELU(), nn.Linear(CENTER_RATIO * dim, dim)
+        )
         nn.init.zeros_(self.ffn[-1].weight)
         nn.init.zeros_(self.ffn[-1].bias)
 
@@ -236,7 +240,7 @@ class ClusterBlock(nn.Module):
         x = x + scale * MLP(norm(x))
     """
 
-    def __init__(self, dim, num_heads, iterations=3, mlp_ratio=4, drop_path=0.0):
+    def __init__(self, dim, num_heads, iterations=3, drop_path=0.0):
         super().__init__()
         self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.cluster_norm = nn.LayerNorm(dim)
@@ -245,7 +249,9 @@ class ClusterBlock(nn.Module):
         self.dispatch = FeatureDispatching(num_heads)
         self.dispatch_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, TOKEN_RATIO * dim), nn.GELU(), nn.Linear(TOKEN_RATIO * dim, dim)
+        )
         self.mlp_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
         self.drop_path = drop_path
 
@@ -280,17 +286,17 @@ class ClusterBlock(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 def check_images(images):
     """Raises ValueError unless images are a float tensor (B, 3, H, W) with H, W >= 32, or a list of (3, H, W)."""
-    for image in images if isinstance(images, (list, tuple)) else [images]:
-        dims = 3 if isinstance(images, (list, tuple)) else 4
-        if not isinstance(image, torch.Tensor) or image.ndim != dims or image.shape[-3] != 3:
-            shape = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-            raise ValueError(f"images must be a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {shape}")
+    is_list = isinstance(images, (list, tuple))
+    if is_list and not images:
+        raise ValueError("images must hold at least one image")
+    for image in images if is_list else [images]:
+        if not isinstance(image, torch.Tensor) or image.ndim != (3 if is_list else 4) or image.shape[-3] != 3:
+            got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ValueError(f"images must be a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {got}")
         if not image.is_floating_point():
             raise ValueError(f"images must be float RGB in [0, 1], got {image.dtype}; divide by 255")
         if min(image.shape[-2:]) < 32:
             raise ValueError(f"images must be at least 32 x 32 pixels, got {image.shape[-2]} x {image.shape[-1]}")
-    if len(images) == 0:
-        raise ValueError("images must hold at least one image")
 
 
 def batch_images(images):

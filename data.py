@@ -74,8 +74,8 @@ def pattern(rng, kind, x, y):
 
 
 def paint(rng, base, kind, x, y):
-    """Colours (3, h, w): the base colour, swung by the pattern towards another one."""
-    swing = rng.uniform(-0.25, 0.25, (3, 1, 1)).astype(np.float32)
+    """Colours (3, h, w): the base colour, swung by the pattern towards another one and away from it."""
+    swing = rng.uniform(-0.15, 0.15, (3, 1, 1)).astype(np.float32)
     return base.reshape(3, 1, 1) + swing * pattern(rng, kind, x, y)
 
 
@@ -95,7 +95,7 @@ def draw_scene(rng, size, things):
     nearest = np.stack([(x - sx + bend) ** 2 + (y - sy + bend) ** 2 for sx, sy in sites]).argmin(0)
     image = np.empty((3, size, size), np.float32)
     for i, kind in enumerate(kinds):
-        base = rng.uniform(0.1, 0.9, 3).astype(np.float32)
+        base = (rng.uniform(0.25, 0.75) + rng.uniform(-0.15, 0.15, 3)).astype(np.float32)  # muted; things are vivid
         np.copyto(image, paint(rng, base, STUFF[kind], x, y), where=nearest == i)
     segments = -1 - kinds[nearest]
 
@@ -111,7 +111,7 @@ def draw_scene(rng, size, things):
         alpha = np.clip(0.5 - radius * list(THINGS.values())[category](u, v), 0, 1)  # one pixel of soft edge
         under = image[:, rows, columns]
         # Of three colours take the one farthest from what it covers: a thing that cannot be seen teaches nothing.
-        colours = rng.uniform(0.1, 0.9, (3, 3)).astype(np.float32)
+        colours = rng.uniform(0, 1, (3, 3)).astype(np.float32)
         base = colours[np.abs(colours - under.mean((1, 2))).sum(1).argmax()]
         colour = paint(rng, base, STUFF[rng.integers(len(STUFF))], x[:, columns], y[rows])
         under += alpha * (colour - under)
@@ -127,7 +127,7 @@ def dominant_thing(rng):
         for _ in range(rng.integers(2, 6))
     ]
     label = int(rng.integers(len(THINGS)))
-    large = (label, rng.uniform(0.24, 0.38), rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65))
+    large = (label, rng.uniform(0.28, 0.42), rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65))
     things.insert(rng.integers(len(things) // 2, len(things) + 1), large)  # at most half of the small ones cover it
     return things, label
 
