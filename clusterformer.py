@@ -50,7 +50,7 @@ LAYER_SCALE = 0.1  # what a new branch adds at first: enough to learn at once, l
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. Where the centers start
+# 1. Where the centers start: C(0) is seen in the image, not learned for the data set
 # ---------------------------------------------------------------------------------------------------------------
 class Layout(NamedTuple):
     """Where images lie in a map of H x W tokens; computed once for all the blocks of a stage.
@@ -104,26 +104,10 @@ def layout_of(height, width, sizes=None, device=None):
     return Layout(rows, columns, y, x, tokens, (real_rows[:, :, None] & real_columns[:, None]).flatten(1))
 
 
-class CenterInitialization(nn.Module):
-    """C(0) = FFN(AdaptivePooling_K(I)): centers are seen in the image, not learned for the data set.
-
-    The FFN is residual and starts at zero, so that a center begins as the plain mean of its cell and attracts the
-    pixels that look like it.  This is where a block does most of its thinking: once per cluster, not once per pixel.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        self.ffn = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, CENTER_RATIO * dim), nn.GELU(), nn.Linear(CENTER_RATIO * dim, dim)
-        )
-        nn.init.zeros_(self.ffn[-1].weight)
-        nn.init.zeros_(self.ffn[-1].bias)
-
-    def forward(self, x, layout):
-        """x: map (B, H, W, D).  Returns (B, K, D), K = kh * kw."""
-        pooled = (layout.rows.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, kh, W, D)
-        pooled = (layout.columns[:, None].to(x.dtype) @ pooled).flatten(1, 2)  # (B, K, D)
-        return pooled + self.ffn(pooled)
+def pool_centers(x, layout):
+    """AdaptivePooling_K: x, map (B, H, W, D) -> means of the cells of the grid, (B, K, D), K = kh * kw."""
+    x = (layout.rows.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, kh, W, D)
+    return (layout.columns[:, None].to(x.dtype) @ x).flatten(1, 2)  # (B, K, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -232,26 +216,30 @@ class FeatureDispatching(nn.Module):
 # 4. The block
 # ---------------------------------------------------------------------------------------------------------------
 class ClusterBlock(nn.Module):
-    """One layer of the backbone: look around, cluster, dispatch, then think.
+    """One layer of the backbone, and of whatever else works on a map.
 
-        x = x + DepthwiseConv(x)                        where: the clusters themselves know no neighbourhood
-        C, M = cluster(C(0), norm(x))                   what belongs together
+        x = x + DepthwiseConv(x)               clusters gather what looks alike, wherever it is: neighbours meet here
+        I = norm(x)
+        C(0) = pool(I) + FFN(pool(I))          most of the block's thinking: once per cluster, not once per pixel
+        C, M = cluster(C(0), I)
         x = x + scale * dispatch(C, M)
         x = x + scale * MLP(norm(x))
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0):
         super().__init__()
-        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.neighbours = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.cluster_norm = nn.LayerNorm(dim)
-        self.start = CenterInitialization(dim)
+        self.center_ffn = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, CENTER_RATIO * dim), nn.GELU(), nn.Linear(CENTER_RATIO * dim, dim)
+        )
+        nn.init.zeros_(self.center_ffn[-1].weight)  # a center begins as the plain mean of its cell, and so attracts
+        nn.init.zeros_(self.center_ffn[-1].bias)  # the pixels that look like it
         self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations)
         self.dispatch = FeatureDispatching(num_heads)
         self.dispatch_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, TOKEN_RATIO * dim), nn.GELU(), nn.Linear(TOKEN_RATIO * dim, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, TOKEN_RATIO * dim), nn.GELU(), nn.Linear(TOKEN_RATIO * dim, dim))
         self.mlp_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
         self.drop_path = drop_path
 
@@ -269,12 +257,12 @@ class ClusterBlock(nn.Module):
         """
         if layout.tokens is not None:
             x = x * layout.tokens[..., None]  # the convolution must see the same zeros beyond an image as at a border
-        x = x + self.position(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.neighbours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         tokens = self.cluster_norm(x)
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
-        centers, assignment = self.cluster(
-            self.start(tokens, layout), tokens.flatten(1, 2), mask, layout.centers, trace
-        )  # (B, K, D), (B, h, K, N)
+        centers = pool_centers(tokens, layout)  # (B, K, D)
+        centers = centers + self.center_ffn(centers)
+        centers, assignment = self.cluster(centers, tokens.flatten(1, 2), mask, layout.centers, trace)  # (B, h, K, N)
         if trace is not None:
             trace[-1]["size"] = x.shape[1:3]
         x = self.add(x, self.dispatch(centers, assignment).view_as(x), self.dispatch_scale)
@@ -334,7 +322,12 @@ class Backbone(nn.Module):
         # Normalisation is part of the model: wherever the file is copied, images come as they are, in [0, 1].
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.patch_embed = nn.Conv2d(3, channels[0], patch_size, stride=patch_size)
+        # Two overlapping convolutions instead of one of 4 x 4 pixels: edges are found in a fraction of the steps.
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, channels[0] // 2, 3, stride=patch_size // 2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(channels[0] // 2, channels[0], 3, stride=2, padding=1),
+        )
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = nn.LayerNorm(channels[0])
         rates = torch.linspace(0, drop_path, sum(depths)).tolist()  # deeper blocks are left out more often
@@ -342,22 +335,21 @@ class Backbone(nn.Module):
         for i, (depth, dim) in enumerate(zip(depths, channels)):
             if i > 0:
                 self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
-                self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
+                self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 3, stride=2, padding=1))
             blocks = [ClusterBlock(dim, dim // HEAD_DIM, iterations, drop_path=rates.pop(0)) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
 
     def embed(self, images, sizes):
-        """Pixels to tokens: patches of colour, and where in the image they are.
+        """Pixels to tokens: what is seen there, and where in the image it is.
 
-        Returns the map (B, H, W, D) and its layout.  Concatenating two channels of coordinates to RGB before the
-        patch convolution, as the released code does, comes to the same: a linear map of the patch's place.
+        Returns the map (B, H, W, D), its layout, and the sizes of the images in tokens.
         """
         x = (images - self.mean) / self.std
         if sizes is not None:  # padding of zeros after normalising, as at the border of an image on its own
             inside = layout_of(*images.shape[-2:], sizes).tokens
             x = x * inside[:, None]
             sizes = -(-sizes // self.strides[0])
-        x = self.patch_embed(pad_to_multiple(x, self.strides[0])).permute(0, 2, 3, 1)  # (B, H, W, D)
+        x = self.stem(pad_to_multiple(x, self.strides[0])).permute(0, 2, 3, 1)  # (B, H, W, D)
         layout = layout_of(x.shape[1], x.shape[2], sizes, x.device)
         y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
         return self.embed_norm(x + self.coordinates(torch.stack([y, x_], -1))), layout, sizes
@@ -384,7 +376,7 @@ class Backbone(nn.Module):
                 if layout.tokens is not None:
                     x = x * layout.tokens[..., None]
                     sizes = -(-sizes // 2)
-                x = self.downsamples[i - 1](pad_to_multiple(x.permute(0, 3, 1, 2), 2)).permute(0, 2, 3, 1)
+                x = self.downsamples[i - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # ceil(H / 2), ceil(W / 2)
                 layout = layout_of(x.shape[1], x.shape[2], sizes, x.device)
             for block in blocks:
                 x = block(x, layout, trace)
@@ -410,7 +402,6 @@ class ClassificationHead(nn.Module):
     def __init__(self, dim, num_heads, num_classes, iterations=3):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.start = CenterInitialization(dim)
         self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations)
         self.center_norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
@@ -419,7 +410,7 @@ class ClassificationHead(nn.Module):
         """x: last map (B, H, W, D).  Returns logits (B, num_classes)."""
         tokens = self.norm(x)
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
-        centers, _ = self.cluster(self.start(tokens, layout), tokens.flatten(1, 2), mask, layout.centers, trace)
+        centers, _ = self.cluster(pool_centers(tokens, layout), tokens.flatten(1, 2), mask, layout.centers, trace)
         if trace is not None:
             trace[-1].update(size=x.shape[1:3], stage="head")
         centers = self.center_norm(centers)  # (B, K, D)
@@ -454,8 +445,8 @@ class ClusterFormer(nn.Module):
             raise ValueError(f"task must be 'cls', got {task!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        if patch_size not in (2, 4):
+            raise ValueError(f"patch_size must be 2 or 4, got {patch_size}")
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.task, self.num_classes = task, num_classes

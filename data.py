@@ -121,13 +121,13 @@ def draw_scene(rng, size, things):
 
 
 def dominant_thing(rng):
-    """A scene for classification: one large thing, two to five small ones anywhere, and the large one's class."""
+    """A scene for classification: one large thing, one to four small ones anywhere, and the large one's class."""
     things = [
         (int(rng.integers(len(THINGS))), rng.uniform(0.08, 0.13), rng.uniform(), rng.uniform())
-        for _ in range(rng.integers(2, 6))
+        for _ in range(rng.integers(1, 5))
     ]
     label = int(rng.integers(len(THINGS)))
-    large = (label, rng.uniform(0.28, 0.42), rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65))
+    large = (label, rng.uniform(0.32, 0.45), rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6))
     things.insert(rng.integers(len(things) // 2, len(things) + 1), large)  # at most half of the small ones cover it
     return things, label
 

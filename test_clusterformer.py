@@ -173,10 +173,9 @@ def test_dispatching_is_equation_6():
 @pytest.mark.parametrize("height, width", [(56, 56), (7, 13), (1, 2), (25, 19)])
 def test_centers_start_as_the_means_of_grid_cells(height, width):
     x = torch.randn(2, height, width, 8)
-    start = cf.CenterInitialization(8)
     grid = (min(10, (height + 1) // 2), min(10, (width + 1) // 2))
     expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(start(x, cf.layout_of(height, width)), expected)
+    torch.testing.assert_close(cf.pool_centers(x, cf.layout_of(height, width)), expected)
 
 
 def test_a_logit_is_the_bias_plus_the_mean_of_the_shares_of_the_centers():
@@ -333,7 +332,7 @@ def test_predict_says_what_is_wrong_with_images(images, complaint):
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(task="x"), dict(variant="huge"), dict(variant="nano", num_classes=0), dict(variant="nano", patch_size=0)]
+    "arguments", [dict(task="x"), dict(variant="huge"), dict(variant="nano", num_classes=0), dict(variant="nano", patch_size=3)]
 )
 def test_the_model_says_what_is_wrong_with_its_settings(arguments):
     with pytest.raises(ValueError, match=list(arguments)[-1]):

@@ -36,11 +36,11 @@ from eval import default_workers, evaluate, run, start_processes, validation_set
 # flag: (shapes, folder, smallest value, explanation)
 RECIPES = {
     "variant": ("nano", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
-    "patch_size": (4, 4, 1, "pixels a side of the smallest token; 2 for images of about 32 pixels"),
-    "image_size": (64, 224, 32, "pixels a side of training and evaluation images"),
-    "epochs": (5, 300, 1, "passes over the training images; on shapes 10,000 new scenes each"),
-    "batch_size": (64, 1024, 1, "images per optimizer step, over all processes"),
-    "lr": (2e-3, 1e-3, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
+    "patch_size": (4, 4, 2, "pixels a side of the smallest token; 2 for images of about 32 pixels"),
+    "image_size": (48, 224, 32, "pixels a side of training and evaluation images"),
+    "epochs": (6, 300, 1, "passes over the training images; on shapes 10,000 new scenes each"),
+    "batch_size": (32, 1024, 1, "images per optimizer step, over all processes"),
+    "lr": (3e-3, 1e-3, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
     "warmup_epochs": (0.5, 20.0, 0.0, "epochs over which the learning rate rises; after them it falls as a cosine"),
     "weight_decay": (0.05, 0.05, 0.0, "of matrices and convolutions; norms, biases, scales and temperatures have none"),
     "clip": (5.0, 5.0, 0.0, "gradients are scaled down to this norm; 0: never"),
