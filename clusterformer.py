@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 VARIANTS = {  # blocks and channels of the four stages
-    "nano": dict(depths=(1, 2, 4, 1), channels=(32, 64, 128, 256)),  # for a CPU, and for small images
+    "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256)),  # for a CPU, and for small images
     "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768)),  # as Swin-T
     "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768)),  # as Swin-S
 }
@@ -183,6 +183,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         assignment = assignment.transpose(-2, -1)  # (B, h, K, N)
         if mask is not None:
             assignment = assignment * mask[:, None, None]
+            history["assignments"] = [past * mask[:, None, None] for past in history["assignments"]]
         if trace is not None:
             trace.append(history)
         return centers.to(tokens.dtype), assignment

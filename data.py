@@ -50,8 +50,6 @@ THINGS = {
     "star": star,
     "cross": lambda u, v: np.maximum(np.maximum(np.abs(u), np.abs(v)) - 0.95, np.minimum(np.abs(u), np.abs(v)) - 0.28),
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.72 - np.hypot(u - 0.45, v)),
-    "half-disc": lambda u, v: np.maximum(np.hypot(u, v + 0.4) - 1, -v - 0.4),
-    "ell": lambda u, v: np.maximum(np.maximum(np.abs(u), np.abs(v)) - 0.8, np.minimum(u, v) + 0.25),
 }
 # Stuff is told apart by its pattern alone.  Things wear the same patterns, so a pattern says nothing about a thing.
 STUFF = ("plain", "stripes", "checks", "dots", "grain")
@@ -121,10 +119,10 @@ def draw_scene(rng, size, things):
 
 
 def dominant_thing(rng):
-    """A scene for classification: one large thing, one to four small ones anywhere, and the large one's class."""
+    """A scene for classification: one large thing, one to three small ones anywhere, and the large one's class."""
     things = [
         (int(rng.integers(len(THINGS))), rng.uniform(0.08, 0.13), rng.uniform(), rng.uniform())
-        for _ in range(rng.integers(1, 5))
+        for _ in range(rng.integers(1, 4))
     ]
     label = int(rng.integers(len(THINGS)))
     large = (label, rng.uniform(0.32, 0.45), rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6))

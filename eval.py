@@ -41,9 +41,12 @@ def start_processes():
 
 
 def default_workers():
-    """Loader processes for each training process: its share of the cores, one left for itself, 16 at most."""
+    """Loader processes for each training process: its share of the cores less two, 16 at most.
+
+    On two cores that is none: threads that wait for one another would also wait for a loader on their core.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
 
 
 def validation_set(data, image_size, classes=None):

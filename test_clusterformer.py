@@ -235,7 +235,7 @@ def test_the_trace_holds_every_round_of_every_block_and_changes_nothing():
     image = torch.rand(2, 3, 64, 80)
     with torch.no_grad():
         torch.testing.assert_close(model(image, trace)["logits"], model(image)["logits"], atol=0, rtol=0)
-    assert [entry["stage"] for entry in trace] == [0, 1, 1, 2, 2, 2, 2, 3, "head"]
+    assert [entry["stage"] for entry in trace] == [0, 0, 1, 1, 2, 2, 3, "head"]
     for entry in trace:
         assert len(entry["centers"]) == 4 and len(entry["assignments"]) == 3
         B, h, K, N = entry["assignments"][0].shape
@@ -373,9 +373,9 @@ def test_colour_and_brightness_say_nothing_about_the_class():
     features = torch.stack([torch.cat([x[:, 16:48, 16:48].mean((1, 2)), x.mean((1, 2)), x.std((1, 2))]) for x in images])
     features = torch.cat([features, torch.ones(3000, 1)], 1)
     labels = torch.tensor(labels)
-    fit = torch.linalg.lstsq(features[:2000], F.one_hot(labels[:2000], 10).float()).solution
+    fit = torch.linalg.lstsq(features[:2000], F.one_hot(labels[:2000], len(data.THINGS)).float()).solution
     accuracy = ((features[2000:] @ fit).argmax(1) == labels[2000:]).float().mean()
-    assert len(data.THINGS) >= 8 and accuracy < 0.17  # chance is 0.10, with 1,000 images +- 0.01
+    assert len(data.THINGS) >= 8 and accuracy < 0.20  # chance is 0.125, with 1,000 images +- 0.01
 
 
 def test_a_global_batch_is_the_same_however_it_is_divided():
@@ -564,7 +564,7 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
     out = tmp_path / "run"
     call(train, capsys, *QUICK[:-2], "--epochs", 1, "--workers", 1, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.1
+    assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.125
     (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 200
     printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", "--json", tmp_path / "figures.json")
@@ -625,7 +625,7 @@ def test_init_takes_what_fits_and_says_what_does_not(tmp_path, capsys, short_epo
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
-    model = cf.ClusterFormer("cls", "nano", num_classes=10).state_dict()
+    model = cf.ClusterFormer("cls", "nano", num_classes=len(data.THINGS)).state_dict()
     settings = dict(task="cls", variant="nano", patch_size=4, image_size=32, data=None)
     torch.save(dict(model=model, ema=model, optimizer={}, step=1, epoch=1, best=0.0, settings=settings, classes=list(data.THINGS)), path)
     return path
