@@ -44,9 +44,9 @@ VARIANTS = {  # blocks and channels of the four stages
 }
 HEAD_DIM = 32  # channels of one head; the best of 16 to 48 in the paper
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
-CENTER_RATIO = 3  # hidden width of the FFN of the centers, in D: a block has at most 100 of them, however large the image
+CENTER_RATIO = 3  # hidden width of the FFN of the centers, in D; there are at most 100 of them, however large the image
 TOKEN_RATIO = 2  # of the MLP of the tokens, of which there may be thousands; ConvNeXt and Swin spend 4 here
-LAYER_SCALE = 0.1  # what a new branch adds at first: enough to learn at once, little enough for 24 blocks in a row
+LAYER_SCALE = 0.01  # size of a new branch: small, so that the convolutions find their feet before clusters mix everything
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
 
 
 def grid_cells(length):
-    """Cells of the grid along a side of `length` tokens: GRID, but never fewer than two tokens to a cell."""
+    """How many cells a side of `length` tokens can hold, at two tokens a cell: a cluster of one token is none."""
     return (length + 1) // 2
 
 
@@ -195,9 +195,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
 class FeatureDispatching(nn.Module):
     """p_i' = p_i + 1/K sum_k sim(C_k, p_i) C_k, the paper's Eq. 6 with the similarity that is already there.
 
-    sim(C_k, p_i) = K M[k, i]: the assignment of the last E-step, in each head.  1/K and K cancel, and a token receives a
-    mean of its centers, in the shares in which it was counted among them.  A similarity of its own (a sigmoid of the
-    cosine, in the released code) would be a fifth product and pass over (B, h, K, N).
+    sim(C_k, p_i) = K M[k, i]: the assignment of the last E-step, in each head.  1/K and K cancel, and a token
+    receives a mean of its centers, in the shares in which it was counted among them.  A similarity of its own (a
+    sigmoid of the cosine, in the released code) would cost another product and another pass over (B, h, K, N).
     The MLP of Eq. 6 is the block's, on its next line: there it sees the token and its clusters together.
     """
 

@@ -175,7 +175,7 @@ def load_image(path):
 
 
 def train_transform(size, randaugment, erasing):
-    """PIL RGB -> float32 (3, size, size) in [0, 1]; randaugment: magnitude of 0..30, 0 for none; erasing: probability."""
+    """PIL RGB -> float32 (3, size, size) in [0, 1].  randaugment: magnitude, 0 (none) to 30.  erasing: probability."""
     steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
     if randaugment:
         fill = [round(255 * value) for value in MEAN_COLOUR]
@@ -205,7 +205,7 @@ class Folder(Dataset):
         folder = os.path.join(root, split)
         if not os.path.isdir(folder):
             missing = folder if os.path.isdir(root) else root
-            raise InputError(f"{missing}: no such folder; --data takes DIR with DIR/train/<class>/ and DIR/val/<class>/")
+            raise InputError(f"{missing}: no such folder; --data takes DIR with DIR/train/<class>/, DIR/val/<class>/")
         try:
             found = ImageFolder(folder)
         except FileNotFoundError as error:
@@ -245,7 +245,9 @@ class GlobalBatches(Sampler):
     batch, with which `mix` mixes its first sample: it costs one more image a chunk, and no communication.
     """
 
-    def __init__(self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, neighbour=False, first_step=0):
+    def __init__(
+        self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, neighbour=False, first_step=0
+    ):
         if batch_size % (world_size * accumulate):
             raise InputError(
                 f"--batch-size {batch_size} is not divisible by {world_size} processes x --accumulate {accumulate}"

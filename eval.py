@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--data", help="a folder that holds val/<class>/ (default: what the checkpoint was trained on)")
     parser.add_argument("--image-size", type=int, help="pixels a side (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=128, help="images per process and step (default: 128)")
-    parser.add_argument("--workers", type=int, help="loader processes per process (default: the spare cores, 16 at most)")
+    parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as fractions of 1")
     args = parser.parse_args()
     if args.batch_size < 1:
@@ -106,7 +106,7 @@ def main():
     settings, classes = checkpoint["settings"], checkpoint["classes"]
     dataset = validation_set(args.data or settings["data"], args.image_size or settings["image_size"], classes)
     if list(dataset.classes) != list(classes):
-        raise InputError(f"{args.checkpoint} is trained for {len(classes)} classes that the shapes do not have; give --data")
+        raise InputError(f"{args.checkpoint} is trained for {len(classes)} classes that shapes do not have; give --data")
     workers = default_workers() if args.workers is None else args.workers
     metrics = evaluate(model.to(device), dataset, device, args.batch_size, workers)
     if rank == 0:

@@ -248,14 +248,13 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("variant, parameters, macs", [("tiny", 28.6e6, 5.6e9), ("small", 50e6, None), ("nano", 3e6, None)])
+@pytest.mark.parametrize("variant, parameters, macs", [("tiny", 28.6e6, 5.6e9), ("small", 50e6, 9e9), ("nano", 3e6, 1e9)])
 def test_sizes_are_those_of_the_paper(variant, parameters, macs):
     model = cf.ClusterFormer("cls", variant)
     assert parameters / 3 <= sum(p.numel() for p in model.parameters()) <= parameters
-    if macs:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.rand(1, 3, 224, 224))
-        assert counter.get_total_flops() / 2 <= macs
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.rand(1, 3, 224, 224))
+    assert counter.get_total_flops() / 2 <= macs
 
 
 def test_stochastic_depth_leaves_branches_out_in_training_only():
@@ -280,8 +279,9 @@ def test_bfloat16_autocast_is_close_and_keeps_the_maps_in_float32():
             rough = model(image, trace)["logits"]
     torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0.1)
     for entry in trace:
-        assert entry["assignments"][-1].dtype == torch.float32
-        torch.testing.assert_close(entry["assignments"][-1].sum(2), torch.ones(()).expand_as(entry["assignments"][-1].sum(2)))
+        shares = entry["assignments"][-1].sum(2)
+        assert shares.dtype == torch.float32
+        torch.testing.assert_close(shares, torch.ones_like(shares))
 
 
 def test_compiled_without_graph_breaks_it_gives_the_same(monkeypatch):
@@ -332,7 +332,7 @@ def test_predict_says_what_is_wrong_with_images(images, complaint):
 
 
 @pytest.mark.parametrize(
-    "arguments", [dict(task="x"), dict(variant="huge"), dict(variant="nano", num_classes=0), dict(variant="nano", patch_size=3)]
+    "arguments", [dict(task="x"), dict(variant="huge"), dict(variant="nano", num_classes=0), dict(patch_size=3)]
 )
 def test_the_model_says_what_is_wrong_with_its_settings(arguments):
     with pytest.raises(ValueError, match=list(arguments)[-1]):
@@ -566,7 +566,7 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.125
     (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 200
+    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 160
     printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", "--json", tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
@@ -678,7 +678,7 @@ def test_one_line_says_what_is_wrong_with_a_data_folder(tmp_path, capsys, folder
     [
         (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
-        (["--batch-size", 20000], "more than the 10000 training images"),
+        (["--batch-size", 20000], "more than the 8000 training images"),
         (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
         (["--lr", "nan"], "--lr must be at least 0.0, got nan"),
         (["--image-size", 31], "--image-size must be at least 32"),

@@ -38,10 +38,10 @@ RECIPES = {
     "variant": ("nano", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
     "patch_size": (4, 4, 2, "pixels a side of the smallest token; 2 for images of about 32 pixels"),
     "image_size": (48, 224, 32, "pixels a side of training and evaluation images"),
-    "epochs": (6, 300, 1, "passes over the training images; on shapes 10,000 new scenes each"),
+    "epochs": (4, 300, 1, "passes over the training images; on shapes 8,000 new scenes each"),
     "batch_size": (32, 1024, 1, "images per optimizer step, over all processes"),
     "lr": (3e-3, 1e-3, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
-    "warmup_epochs": (0.5, 20.0, 0.0, "epochs over which the learning rate rises; after them it falls as a cosine"),
+    "warmup_epochs": (0.3, 20.0, 0.0, "epochs over which the learning rate rises; after them it falls as a cosine"),
     "weight_decay": (0.05, 0.05, 0.0, "of matrices and convolutions; norms, biases, scales and temperatures have none"),
     "clip": (5.0, 5.0, 0.0, "gradients are scaled down to this norm; 0: never"),
     "drop_path": (0.0, None, 0.0, "stochastic depth of the last block; folder: 0.2 for tiny, 0.3 for small"),
@@ -68,7 +68,7 @@ def parse_settings():
     parser.add_argument("--init", metavar="FILE", help="start from the weights of this checkpoint, as far as they fit")
     parser.add_argument("--accumulate", type=int, help="chunks that a process's share of a batch is cut into (default: 1)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
-    parser.add_argument("--workers", type=int, help="loader processes per process (default: the spare cores, 16 at most)")
+    parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
     parser.add_argument("--seed", type=int, help="of initial weights, order and augmentation (default: 0)")
     recipe = parser.add_argument_group("recipe")
     for name, (shapes, folder, _, text) in RECIPES.items():
@@ -114,7 +114,7 @@ def read_checkpoint(path):
 
 def training_set(settings):
     if settings["data"] is None:
-        return Shapes(10_000, settings["image_size"], settings["seed"], "train")
+        return Shapes(8_000, settings["image_size"], settings["seed"], "train")
     transform = train_transform(settings["image_size"], settings["randaugment"], settings["erasing"])
     return Folder(settings["data"], "train", transform, settings["seed"])
 
