@@ -155,7 +155,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
-        heads = self.split_heads(tokens)  # (B, h, N, d)
+        heads = self.split_heads(tokens).contiguous()  # (B, h, N, d), laid out once for both products
         keys, values = heads @ self.k, heads @ self.v
         # The rounds run in float32 also under autocast.  It costs no memory traffic: the softmax gives float32 in any
         # case, and to cast M down would be one more pass over it.

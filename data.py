@@ -126,7 +126,7 @@ def dominant_thing(rng):
     ]
     label = int(rng.integers(len(THINGS)))
     large = (label, rng.uniform(0.32, 0.45), rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6))
-    things.insert(rng.integers(len(things) // 2, len(things) + 1), large)  # at most half of the small ones cover it
+    things.insert(rng.integers(len(things) - 1, len(things) + 1), large)  # one small thing at most lies over it
     return things, label
 
 

@@ -566,7 +566,7 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.125
     (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 160
+    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 150
     printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", "--json", tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
@@ -678,7 +678,7 @@ def test_one_line_says_what_is_wrong_with_a_data_folder(tmp_path, capsys, folder
     [
         (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
-        (["--batch-size", 20000], "more than the 8000 training images"),
+        (["--batch-size", 20000], "more than the 7500 training images"),
         (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
         (["--lr", "nan"], "--lr must be at least 0.0, got nan"),
         (["--image-size", 31], "--image-size must be at least 32"),
