@@ -90,21 +90,24 @@ def test_sharp_assignments_of_unit_tokens_give_spherical_kmeans():
     for weight in (module.q, module.k, module.v):
         assert torch.equal(weight[0], torch.eye(8, dtype=torch.float64))
     module.log_temperature.data.fill_(math.log(100.0))
-    scale = 1e3  # 100 times the cosine is not yet an argmax; of well separated tokens it is
-    tokens = tokens[np.sort(tokens @ centers.T, axis=1)[:, -1] - np.sort(tokens @ centers.T, axis=1)[:, -2] > 0.15]
+    # At a temperature of 100 a lead of 0.15 in the cosine leaves the second best center exp(-15) = 3e-7 of a token.
+    ranked = np.sort(tokens @ centers.T, axis=1)
+    tokens = tokens[ranked[:, -1] - ranked[:, -2] > 0.15]
     new, _ = module(torch.tensor(centers)[None], torch.tensor(tokens)[None])
     nearest = (tokens @ centers.T).argmax(1)
     means = np.stack([tokens[nearest == k].mean(0) for k in range(4)])
-    np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=scale * 1e-9)
+    np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=1e-6)
 
 
 def test_each_pixel_is_shared_out_among_the_clusters_and_padding_belongs_to_none():
     module = random_clustering(iterations=2)
     mask = torch.rand(3, 20) < 0.7
-    _, M = module(torch.randn(3, 6, 12, dtype=torch.float64), torch.randn(3, 20, 12, dtype=torch.float64), mask)
-    assert M.shape == (3, 3, 6, 20)
-    torch.testing.assert_close(M.sum(2), mask[:, None].expand(3, 3, 20).double())
-    assert (M.transpose(2, 3)[(~mask)[:, None].expand(3, 3, 20)] == 0).all()
+    centers, tokens, trace = torch.randn(3, 6, 12).double(), torch.randn(3, 20, 12).double(), []
+    _, last = module(centers, tokens, mask, trace=trace)
+    for M in [last, *trace[0]["assignments"]]:
+        assert M.shape == (3, 3, 6, 20)
+        torch.testing.assert_close(M.sum(2), mask[:, None].expand(3, 3, 20).double())
+        assert (M.transpose(2, 3)[(~mask)[:, None].expand(3, 3, 20)] == 0).all()
 
 
 def test_masked_tokens_and_centers_change_nothing():
@@ -437,7 +440,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_on_any_number_of_wor
     keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
     torch.manual_seed(0)
     alone = [x for x, _ in DataLoader(images, batch_sampler=keys)]
-    state = torch.get_rng_state()
     torch.manual_seed(99)
     shared = [x for x, _ in DataLoader(images, batch_sampler=keys, num_workers=2)]
     assert all(torch.equal(a, b) for a, b in zip(alone, shared)) and not torch.equal(*alone)
@@ -445,7 +447,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_on_any_number_of_wor
     images[0, 0]
     undisturbed = torch.rand(3)
     torch.manual_seed(0)
-    assert torch.equal(undisturbed, torch.rand(3)) and state is not None
+    assert torch.equal(undisturbed, torch.rand(3))
 
 
 def test_images_of_every_kind_are_read_rightly(tmp_path):
@@ -575,7 +577,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path,
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = [*QUICK, "--drop-path", 0.2, "--epochs", 3]
     call(train, capsys, *arguments, "--out", whole)
-    save, stopped = train.save, []
+    save = train.save
 
     def stop_after_the_first(value, path):
         save(value, path)
@@ -589,7 +591,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path,
         train.save = save
     call(train, capsys, "--resume", "--out", parts, "--workers", 1)
     a, b = (torch.load(out / "last.pt") for out in (whole, parts))
-    assert a["step"] == b["step"] == 12 and stopped == []
+    assert a["step"] == b["step"] == 12
     assert set(a) >= {"model", "ema", "optimizer", "step", "epoch", "settings", "classes"}
     for weights in ("model", "ema"):
         assert all(torch.equal(a[weights][name], b[weights][name]) for name in a[weights])
