@@ -731,8 +731,9 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
         assert complaint in message and "\n" not in message and message.startswith("eval.py: error: "), message
 
 
-def test_an_error_has_no_traceback_and_an_exit_code():
-    done = subprocess.run([sys.executable, "train.py", "--batch-size", "0"], cwd=HERE, capture_output=True, text=True)
+def test_an_error_has_no_traceback_and_an_exit_code(tmp_path):
+    command = [sys.executable, "train.py", "--batch-size", "0", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "train.py: error: --batch-size must be at least 1, got 0\n"
 
 
