@@ -46,7 +46,7 @@ HEAD_DIM = 32  # channels of one head; the best of 16 to 48 in the paper
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
 CENTER_RATIO = 3  # hidden width of the FFN of the centers, in D; there are at most 100 of them, however large the image
 TOKEN_RATIO = 2  # of the MLP of the tokens, of which there may be thousands; ConvNeXt and Swin spend 4 here
-LAYER_SCALE = 0.01  # size of a new branch: small, so that the convolutions find their feet before clusters mix everything
+LAYER_SCALE = 0.01  # size of a new branch; on shapes a start at 0.1 learned a little more slowly, at 1 far more slowly
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
     - Q, K and V start as the identity, so that from the first step a center attracts the pixels that look like it,
       and stays in the space of the pixels.
     - Each head projects its own d channels only.  Heads meet in the MLP that follows, as in ConvNeXt; full projections
-      of D to D channels cost D / d times as much and were no better.
+      of D to D channels cost D / d times as much and were no better (one seed, small images).
 
     What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
     softmax turns them into M, one product reads it.  The mass rides along as a column of ones in V.  Keys and values
@@ -263,7 +263,8 @@ class ClusterBlock(nn.Module):
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
         centers = pool_centers(tokens, layout)  # (B, K, D)
         centers = centers + self.center_ffn(centers)
-        centers, assignment = self.cluster(centers, tokens.flatten(1, 2), mask, layout.centers, trace)  # (B, h, K, N)
+        # centers (B, K, D), assignment (B, h, K, N)
+        centers, assignment = self.cluster(centers, tokens.flatten(1, 2), mask, layout.centers, trace)
         if trace is not None:
             trace[-1]["size"] = x.shape[1:3]
         x = self.add(x, self.dispatch(centers, assignment).view_as(x), self.dispatch_scale)

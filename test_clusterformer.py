@@ -685,6 +685,7 @@ def test_one_line_says_what_is_wrong_with_a_data_folder(tmp_path, capsys, folder
         (["--lr", "nan"], "--lr must be at least 0.0, got nan"),
         (["--image-size", 31], "--image-size must be at least 32"),
         (["--variant", "huge"], "--variant must be one of nano, tiny, small"),
+        (["--patch-size", 3], "--patch-size must be 2 or 4, got 3"),
         (["--smoothing", 1.5], "--smoothing must be below 1"),
         (["--epochs", 0], "--epochs must be at least 1"),
         (["--init", "/no/such/file"], "/no/such/file: no such checkpoint"),

@@ -36,7 +36,7 @@ from eval import default_workers, evaluate, run, start_processes, validation_set
 # flag: (shapes, folder, smallest value, explanation)
 RECIPES = {
     "variant": ("nano", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
-    "patch_size": (4, 4, 2, "pixels a side of the smallest token; 2 for images of about 32 pixels"),
+    "patch_size": (4, 4, None, "pixels a side of the smallest token: 4, or 2 for images of about 32 pixels"),
     "image_size": (48, 224, 32, "pixels a side of training and evaluation images"),
     "epochs": (4, 300, 1, "passes over the training images; on shapes 7,500 new scenes each"),
     "batch_size": (32, 1024, 1, "images per optimizer step, over all processes"),
@@ -91,6 +91,8 @@ def parse_settings():
     settings = defaults | base | {"resume": False} | flags
     if settings["variant"] not in VARIANTS:
         raise InputError(f"--variant must be one of {', '.join(VARIANTS)}, got {settings['variant']}")
+    if settings["patch_size"] not in (2, 4):
+        raise InputError(f"--patch-size must be 2 or 4, got {settings['patch_size']}")
     if settings["drop_path"] is None:
         settings["drop_path"] = DROP_PATH[settings["variant"]]
     minimum = {name: row[2] for name, row in RECIPES.items()} | {"accumulate": 1, "workers": 0, "seed": 0}
