@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Evaluate a checkpoint of train.py.
+"""Evaluate a checkpoint of train.py, or measure speed and memory.
 
     python eval.py --checkpoint runs/cls/last.pt                                    on the data it was trained for
     python eval.py --checkpoint runs/cls/last.pt --data IMAGENET_DIR                on another folder's val/
     torchrun --nproc_per_node=8 eval.py --checkpoint runs/cls/last.pt               on eight devices, the same figures
+    python eval.py --benchmark --variant tiny --image-size 224 --batch-size 8       beside torchvision's Swin and ConvNeXt
 
 Top-1 and top-5 are exact for any number of processes: process r takes images r, r + n, r + 2n, ..., no image is
 counted twice to fill a batch, and only whole numbers are summed over the processes.
@@ -11,15 +12,22 @@ counted twice to fill a batch, and only whole numbers are summed over the proces
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
+import statistics
 import sys
+import time
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from clusterformer import load_checkpoint
+from clusterformer import VARIANTS, ClusterFormer, load_checkpoint
 from data import Folder, InputError, Shapes, eval_transform
 
 
@@ -82,23 +90,141 @@ def evaluate(model, dataset, device, batch_size=128, workers=0):
     return {"top1": top1 / seen, "top5": top5 / seen, "images": seen}
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Speed and memory
+# ---------------------------------------------------------------------------------------------------------------
+PEERS = {"nano": ("swin_t", "convnext_tiny"), "tiny": ("swin_t", "convnext_tiny"), "small": ("swin_s", "convnext_small")}
+
+
+def build(name):
+    """A classifier of 1000 classes with fresh weights: ClusterFormer's variant or torchvision's model of that name."""
+    return ClusterFormer("cls", name) if name in VARIANTS else torchvision.models.get_model(name)
+
+
+def work(model, images, optimizer=None):
+    """What is measured: a forward pass or, with an optimizer, a training step; in bfloat16 on a GPU, as in train.py."""
+    model.train(optimizer is not None)
+    with torch.set_grad_enabled(optimizer is not None):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            logits = model(images)
+        logits = logits["logits"] if isinstance(logits, dict) else logits
+        if optimizer:
+            F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64, device=images.device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_memory(name, training, shape, device):
+    """Bytes that a model, its optimizer and its work add to a process; called in a process of its own."""
+    if sys.platform == "linux":
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak counts from here, not from the imports
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model, images = build(name).to(device), torch.rand(shape, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True) if training else None
+    for _ in range(2):
+        work(model, images, optimizer)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def benchmark(variant, image_size, batch_size, device, compiled=False, rounds=9):
+    """Measures a variant beside its peers of torchvision.  Returns a list of rows, dictionaries; the first peer is 1 x.
+
+    The models take turns, round after round, since other work on a machine comes and goes: a ratio is the median over
+    the rounds of the ratios within a round.
+    """
+    names = (*PEERS[variant], variant)
+    shape = (batch_size, 3, image_size, image_size)
+    images = torch.rand(shape, device=device)
+    rows, runs, times = [], {}, {}
+    for name in names:
+        model = build(name).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, *shape[1:]))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        # A fresh process for each figure; its count of memory starts from what the imports take.
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            memory = [pool.apply(peak_memory, (name, training, shape, device)) for training in (False, True)]
+        rows.append(dict(model=name, parameters=parameters, macs=counter.get_total_flops() // 2, memory=memory))
+        model = model.to(device)
+        for mode in ["eager", "compiled"][: 1 + compiled]:
+            runner = torch.compile(model) if mode == "compiled" else model
+            runs[name, mode, "forward"] = (runner, images)
+            runs[name, mode, "training"] = (runner, images, torch.optim.AdamW(model.parameters(), fused=True))
+    for run in tqdm(runs.values(), "warm up", leave=False, disable=None):
+        work(*run)
+        work(*run)
+    repeats = 10 if device.type == "cuda" else 1
+    for _ in tqdm(range(rounds), "rounds", leave=False, disable=None):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                work(*run)
+            times.setdefault(key, []).append((time.perf_counter() - start) / repeats)
+    for row in rows:
+        for name, mode, kind in runs:
+            if name == row["model"]:
+                own, peer = times[name, mode, kind], times[names[0], mode, kind]
+                row[f"{mode} {kind}"] = dict(
+                    images_per_second=batch_size / statistics.median(own),
+                    ratio=statistics.median(theirs / ours for theirs, ours in zip(peer, own)),
+                )
+    return rows
+
+
+def print_benchmark(rows):
+    speeds = [key for key in rows[0] if " " in key]
+    titles = ["", "M parameters", "GMACs", *(f"{speed} /s" for speed in speeds), "forward MiB", "training MiB"]
+    table = [titles]
+    for row in rows:
+        cells = [row["model"], f"{row['parameters'] / 1e6:.1f}", f"{row['macs'] / 1e9:.2f}"]
+        cells += [f"{row[speed]['images_per_second']:.4g} ({row[speed]['ratio']:.2f}x)" for speed in speeds]
+        table.append(cells + [f"{bytes / 2**20:.0f}" for bytes in row["memory"]])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for cells in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a last.pt or best.pt of train.py; it knows task and model")
+    parser.add_argument("--checkpoint", help="a last.pt or best.pt of train.py; it knows task and model")
     parser.add_argument("--data", help="a folder that holds val/<class>/ (default: what the checkpoint was trained on)")
-    parser.add_argument("--image-size", type=int, help="pixels a side (default: as in training)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per process and step (default: 128)")
+    parser.add_argument("--image-size", type=int, help="pixels a side (default: as in training; benchmark: 224)")
+    parser.add_argument("--batch-size", type=int, help="images per step and process (default: 128; benchmark on a CPU: 8)")
     parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as fractions of 1")
+    speed = parser.add_argument_group("speed and memory, of fresh weights")
+    speed.add_argument("--benchmark", action="store_true", help="images per second, peak memory, GMACs beside torchvision")
+    speed.add_argument("--variant", choices=VARIANTS, default="tiny", help="size of the model (default: tiny)")
+    speed.add_argument("--compile", action="store_true", help="measure compiled models, too; takes minutes to start")
     args = parser.parse_args()
-    if args.batch_size < 1:
+    if bool(args.checkpoint) == args.benchmark:
+        raise InputError("give either --checkpoint FILE or --benchmark")
+    if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers must be at least 0, got {args.workers}")
     if args.image_size is not None and args.image_size < 32:
         raise InputError(f"--image-size must be at least 32, got {args.image_size}")
 
-    rank, _, device = start_processes()
+    rank, world_size, device = start_processes()
+    if args.benchmark:
+        if world_size > 1:
+            raise InputError("--benchmark measures one device: start it without torchrun")
+        image_size, batch_size = args.image_size or 224, args.batch_size or (8 if device.type == "cpu" else 128)
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(f"{batch_size} images of {image_size} x {image_size} on {where}, torch {torch.__version__}")
+        rows = benchmark(args.variant, image_size, batch_size, device, args.compile)
+        print_benchmark(rows)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(rows, file, indent=2)
+        return
     try:
         model, checkpoint = load_checkpoint(args.checkpoint)
     except ValueError as error:
@@ -108,7 +234,7 @@ def main():
     if list(dataset.classes) != list(classes):
         raise InputError(f"{args.checkpoint} is trained for {len(classes)} classes that shapes do not have; give --data")
     workers = default_workers() if args.workers is None else args.workers
-    metrics = evaluate(model.to(device), dataset, device, args.batch_size, workers)
+    metrics = evaluate(model.to(device), dataset, device, args.batch_size or 128, workers)
     if rank == 0:
         print(f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%} of {metrics['images']} images")
         if args.json:
