@@ -15,7 +15,7 @@ clusters is a picture that can be looked at.
     centers at first    C(0) = pool(I) + FFN(pool(I))             the cells of a grid, averaged
     E-step              M(t) = softmax_K( Q(C(t-1)) K(I)^T )      every pixel is shared out among K clusters
     M-step              C(t) = C(t-1) + M(t) V(I) / M(t) 1        every center moves by the mean of its pixels
-    dispatching         p_i' = p_i + MLP( 1/K sum_k sim(C_k, p_i) C_k )
+    dispatching         p_i' = p_i + sum_k M[k,i] MLP(C_k)       every pixel takes back from its clusters
 
 E- and M-step alternate T = 3 times with the same Q, K and V: a recursion, not a stack of T layers.
 
@@ -42,11 +42,10 @@ VARIANTS = {  # blocks and channels of the four stages
     "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768)),  # as Swin-T
     "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768)),  # as Swin-S
 }
-HEAD_DIM = 32  # channels of one head; the best of 16 to 48 in the paper
+HEAD_DIM = 64  # channels of one head; a stage of fewer has one head
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
-CENTER_RATIO = 3  # hidden width of the FFN of the centers, in D; there are at most 100 of them, however large the image
+CENTER_RATIO = 1, 2  # hidden widths, in D, of the two MLPs of the centers, before and after clustering
 TOKEN_RATIO = 2  # of the MLP of the tokens, of which there may be thousands; ConvNeXt and Swin spend 4 here
-LAYER_SCALE = 0.01  # size of a new branch; on shapes a start at 0.1 learned a little more slowly, at 1 far more slowly
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,6 +109,18 @@ def pool_centers(x, layout):
     return (layout.columns[:, None].to(x.dtype) @ x).flatten(1, 2)  # (B, K, D)
 
 
+def mlp(dim, ratio):
+    """norm, D -> ratio D -> D.  The last layer is zero: the branch begins as nothing, and grows with its gradients.
+
+    (Layer scale, a learned factor near 0 on a branch of ordinary weights, held the branches back: most of its factors had
+    not left their 0.01 after 300 steps.)
+    """
+    layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return layers
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: the E- and M-steps
 # ---------------------------------------------------------------------------------------------------------------
@@ -126,8 +137,10 @@ class RecurrentCrossAttentionClustering(nn.Module):
     - Added to the center: gradients reach C(0) through all T rounds, and a cluster without pixels stays put.
     - Q, K and V start as the identity, so that from the first step a center attracts the pixels that look like it,
       and stays in the space of the pixels.
-    - Each head projects its own d channels only.  Heads meet in the MLP that follows, as in ConvNeXt; full projections
-      of D to D channels cost D / d times as much and were no better (one seed, small images).
+    - A head compares d neighbouring channels of the tokens, but gathers every h-th.  The mean over pixels that look
+      alike, of just those channels in which they look alike, would tell a center little that it does not know.  So in
+      the next round each head compares what other heads have gathered, and d x d projections suffice: full ones, of
+      D to D channels, cost D / d times as much and were no better.
 
     What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
     softmax turns them into M, one product reads it.  The mass rides along as a column of ones in V.  Keys and values
@@ -155,8 +168,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
         trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
-        heads = self.split_heads(tokens).contiguous()  # (B, h, N, d), laid out once for both products
-        keys, values = heads @ self.k, heads @ self.v
+        keys = self.split_heads(tokens) @ self.k  # (B, h, N, d)
+        values = tokens.unflatten(-1, (-1, self.num_heads)).permute(0, 3, 1, 2) @ self.v  # (B, h, N, d), every h-th channel
         # The rounds run in float32 also under autocast.  It costs no memory traffic: the softmax gives float32 in any
         # case, and to cast M down would be one more pass over it.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -176,7 +189,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
                 assignment = similarity.softmax(-1)  # (B, h, N, K)
                 sums = values.transpose(-2, -1) @ assignment  # (B, h, d + 1, K)
                 means = sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1e-6)  # (B, h, d, K)
-                centers = centers + means.flatten(1, 2).transpose(1, 2)  # (B, K, D)
+                centers = centers + means.permute(0, 3, 2, 1).flatten(2)  # (B, K, D), each channel back in its place
                 if trace is not None:
                     history["centers"].append(centers)
                     history["assignments"].append(assignment.transpose(-2, -1))
@@ -193,20 +206,25 @@ class RecurrentCrossAttentionClustering(nn.Module):
 # 3. Feature dispatching: what the clusters have gathered goes back to the tokens
 # ---------------------------------------------------------------------------------------------------------------
 class FeatureDispatching(nn.Module):
-    """p_i' = p_i + 1/K sum_k sim(C_k, p_i) C_k, the paper's Eq. 6 with the similarity that is already there.
+    """p_i' = p_i + sum_k M[k, i] MLP(C_k): the paper's Eq. 6, p_i' = p_i + MLP( 1/K sum_k sim(C_k, p_i) C_k ), with
 
-    sim(C_k, p_i) = K M[k, i]: the assignment of the last E-step, in each head.  1/K and K cancel, and a token
-    receives a mean of its centers, in the shares in which it was counted among them.  A similarity of its own (a
-    sigmoid of the cosine, in the released code) would cost another product and another pass over (B, h, K, N).
-    The MLP of Eq. 6 is the block's, on its next line: there it sees the token and its clusters together.
+    - the similarity that is already there, sim(C_k, p_i) = K M[k, i]: the assignment of the last E-step, in each head.
+      1/K and K cancel, and a token receives a mean of its centers, in the shares in which it was counted among them.
+      A similarity of its own (a sigmoid of the cosine, in the released code) would be one more pass over (B, h, K, N);
+    - the MLP inside of the sum: what a cluster has gathered is thought over once per cluster, not once per pixel.
+      Without it a token gets little more than a blurred copy of itself, since its clusters are pixels that look like it.
+
+    The MLP ends in a layer of zeros: a new block leaves the tokens as they are.
     """
 
-    def __init__(self, num_heads):
+    def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
+        self.mlp = mlp(dim, CENTER_RATIO[1])
 
     def forward(self, centers, assignment):
         """centers: (B, K, D).  assignment: (B, h, K, N).  Returns what each token receives, (B, N, D)."""
+        centers = self.mlp(centers)
         heads = centers.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(assignment.dtype)  # (B, h, K, d)
         with torch.autocast(centers.device.type, enabled=False):  # as in the rounds: M is float32 already
             received = assignment.transpose(-2, -1) @ heads  # (B, h, N, d)
@@ -221,35 +239,29 @@ class ClusterBlock(nn.Module):
 
         x = x + DepthwiseConv(x)               clusters gather what looks alike, wherever it is: neighbours meet here
         I = norm(x)
-        C(0) = pool(I) + FFN(pool(I))          most of the block's thinking: once per cluster, not once per pixel
+        C(0) = pool(I) + FFN(pool(I))
         C, M = cluster(C(0), I)
-        x = x + scale * dispatch(C, M)
-        x = x + scale * MLP(norm(x))
+        x = x + dispatch(C, M)                 the MLP in it is once per cluster
+        x = x + MLP(x)                         and this one once per pixel
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0):
         super().__init__()
         self.neighbours = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.cluster_norm = nn.LayerNorm(dim)
-        self.center_ffn = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, CENTER_RATIO * dim), nn.GELU(), nn.Linear(CENTER_RATIO * dim, dim)
-        )
-        nn.init.zeros_(self.center_ffn[-1].weight)  # a center begins as the plain mean of its cell, and so attracts
-        nn.init.zeros_(self.center_ffn[-1].bias)  # the pixels that look like it
+        self.norm = nn.LayerNorm(dim)
+        # Zero at first: a center begins as the plain mean of its cell, and so attracts the pixels that look like it.
+        self.center_ffn = mlp(dim, CENTER_RATIO[0])
         self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations)
-        self.dispatch = FeatureDispatching(num_heads)
-        self.dispatch_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
-        self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, TOKEN_RATIO * dim), nn.GELU(), nn.Linear(TOKEN_RATIO * dim, dim))
-        self.mlp_scale = nn.Parameter(torch.full((dim,), LAYER_SCALE))
+        self.dispatch = FeatureDispatching(dim, num_heads)
+        self.mlp = mlp(dim, TOKEN_RATIO)
         self.drop_path = drop_path
 
-    def add(self, x, branch, scale):
-        """x + scale * branch; in training the branch is left out of an image with probability drop_path."""
+    def add(self, x, branch):
+        """x + branch; in training the branch is left out of an image with probability drop_path."""
         if self.training and self.drop_path:
             keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop_path
-            scale = scale * keep / (1 - self.drop_path)
-        return torch.addcmul(x, branch, scale)  # one pass over the map instead of two
+            branch = branch * (keep / (1 - self.drop_path))
+        return x + branch
 
     def forward(self, x, layout, trace=None):
         """x: map (B, H, W, D).  layout: of this map.  trace: as in RecurrentCrossAttentionClustering.
@@ -259,7 +271,7 @@ class ClusterBlock(nn.Module):
         if layout.tokens is not None:
             x = x * layout.tokens[..., None]  # the convolution must see the same zeros beyond an image as at a border
         x = x + self.neighbours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        tokens = self.cluster_norm(x)
+        tokens = self.norm(x)
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
         centers = pool_centers(tokens, layout)  # (B, K, D)
         centers = centers + self.center_ffn(centers)
@@ -267,8 +279,8 @@ class ClusterBlock(nn.Module):
         centers, assignment = self.cluster(centers, tokens.flatten(1, 2), mask, layout.centers, trace)
         if trace is not None:
             trace[-1]["size"] = x.shape[1:3]
-        x = self.add(x, self.dispatch(centers, assignment).view_as(x), self.dispatch_scale)
-        return self.add(x, self.mlp(self.mlp_norm(x)), self.mlp_scale)
+        x = self.add(x, self.dispatch(centers, assignment).view_as(x))
+        return self.add(x, self.mlp(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -338,7 +350,7 @@ class Backbone(nn.Module):
             if i > 0:
                 self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
                 self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 3, stride=2, padding=1))
-            blocks = [ClusterBlock(dim, dim // HEAD_DIM, iterations, drop_path=rates.pop(0)) for _ in range(depth)]
+            blocks = [ClusterBlock(dim, max(1, dim // HEAD_DIM), iterations, drop_path=rates.pop(0)) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
 
     def embed(self, images, sizes):
@@ -454,7 +466,7 @@ class ClusterFormer(nn.Module):
         self.task, self.num_classes = task, num_classes
         self.backbone = Backbone(**VARIANTS[variant], patch_size=patch_size, iterations=iterations, drop_path=drop_path)
         dim = self.backbone.channels[-1]
-        self.head = ClassificationHead(dim, dim // HEAD_DIM, num_classes, iterations)
+        self.head = ClassificationHead(dim, max(1, dim // HEAD_DIM), num_classes, iterations)
 
     def forward(self, images, trace=None):
         """images and trace: as in Backbone; the head appends one more dictionary, its stage "head".
