@@ -164,7 +164,7 @@ def load_image(path):
     """The image as PIL RGB, upright: grey, palette, CMYK, 16-bit and EXIF-rotated files included."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies the pixels of every image
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255 instead of scaling
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
             if "transparency" in image.info:

@@ -12,9 +12,9 @@ counted twice to fill a batch, and only whole numbers are summed over the proces
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from clusterformer import VARIANTS, ClusterFormer, load_checkpoint
-from data import Folder, InputError, Shapes, eval_transform
+from data import Folder, InputError, Shapes, eval_transform, train_transform
 
 
 def start_processes():
@@ -117,19 +117,27 @@ def work(model, images, optimizer=None):
 
 
 def peak_memory(name, training, shape, device):
-    """Bytes that a model, its optimizer and its work add to a process; called in a process of its own."""
-    if sys.platform == "linux":
+    """Bytes that a model, its optimizer and its work add to a process; called in a process of its own.
+
+    Of a CPU it is known on Linux only, from the kernel's count of resident pages; elsewhere nan.
+    """
+
+    def peak():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+    on_cpu = device.type == "cpu"
+    if on_cpu and sys.platform != "linux":
+        return math.nan
+    if on_cpu:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak counts from here, not from the imports
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
     model, images = build(name).to(device), torch.rand(shape, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True) if training else None
     for _ in range(2):
         work(model, images, optimizer)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return peak() - before if on_cpu else torch.cuda.max_memory_allocated()
 
 
 def benchmark(variant, image_size, batch_size, device, compiled=False, rounds=9):
@@ -177,14 +185,25 @@ def benchmark(variant, image_size, batch_size, device, compiled=False, rounds=9)
     return rows
 
 
+def loading_speed(data, image_size, images=300):
+    """Images a second that one core reads and augments for training, as in the ImageNet recipe, from DIR/train/."""
+    dataset = Folder(data, "train", train_transform(image_size, randaugment=27, erasing=0.25))
+    start = time.process_time()  # the seconds of a core, whatever else the machine does
+    for key in tqdm(range(images), "loading", leave=False, disable=None):
+        dataset[key // len(dataset), key % len(dataset)]
+    return images / (time.process_time() - start)
+
+
 def print_benchmark(rows):
+    """The rows of benchmark() as a table; x is times the first row."""
     speeds = [key for key in rows[0] if " " in key]
     titles = ["", "M parameters", "GMACs", *(f"{speed} /s" for speed in speeds), "forward MiB", "training MiB"]
     table = [titles]
     for row in rows:
         cells = [row["model"], f"{row['parameters'] / 1e6:.1f}", f"{row['macs'] / 1e9:.2f}"]
         cells += [f"{row[speed]['images_per_second']:.4g} ({row[speed]['ratio']:.2f}x)" for speed in speeds]
-        table.append(cells + [f"{bytes / 2**20:.0f}" for bytes in row["memory"]])
+        cells += [f"{own / 2**20:.0f} ({own / peer:.2f}x)" for own, peer in zip(row["memory"], rows[0]["memory"])]
+        table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table)]
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
@@ -193,7 +212,11 @@ def print_benchmark(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="a last.pt or best.pt of train.py; it knows task and model")
-    parser.add_argument("--data", help="a folder that holds val/<class>/ (default: what the checkpoint was trained on)")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="evaluate DIR/val/<class>/ (default: what the checkpoint was trained on); benchmark loading DIR/train/<class>/",
+    )
     parser.add_argument("--image-size", type=int, help="pixels a side (default: as in training; benchmark: 224)")
     parser.add_argument("--batch-size", type=int, help="images per step and process (default: 128; benchmark on a CPU: 8)")
     parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
@@ -221,6 +244,10 @@ def main():
         print(f"{batch_size} images of {image_size} x {image_size} on {where}, torch {torch.__version__}")
         rows = benchmark(args.variant, image_size, batch_size, device, args.compile)
         print_benchmark(rows)
+        if args.data:
+            loaded = loading_speed(args.data, image_size)
+            cores = rows[-1]["eager training"]["images_per_second"] / loaded
+            print(f"a core loads {loaded:.0f} training images/s from {args.data}; {cores:.1f} of them feed the training step")
         if args.json:
             with open(args.json, "w") as file:
                 json.dump(rows, file, indent=2)

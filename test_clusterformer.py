@@ -54,12 +54,12 @@ def em_step(C, I, W_q, W_k, W_v, temperature):
     d = C.shape[1] // heads
     moved, M = C.copy(), []
     for h in range(heads):
-        part = slice(h * d, (h + 1) * d)
-        q, k, v = C[:, part] @ W_q[h], I[:, part] @ W_k[h], I[:, part] @ W_v[h]
+        part, gathered = slice(h * d, (h + 1) * d), slice(h, None, heads)  # channels compared, channels gathered
+        q, k, v = C[:, part] @ W_q[h], I[:, part] @ W_k[h], I[:, gathered] @ W_v[h]
         cosine = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (k / np.linalg.norm(k, axis=1, keepdims=True)).T
         M.append(softmax(temperature[h] * cosine, axis=0))
         for center in range(len(C)):
-            moved[center, part] += sum(M[h][center, i] * v[i] for i in range(len(I))) / M[h][center].sum()
+            moved[center, gathered] += sum(M[h][center, i] * v[i] for i in range(len(I))) / M[h][center].sum()
     return moved, np.stack(M)
 
 
@@ -161,16 +161,34 @@ def test_a_new_center_attracts_the_pixels_that_look_like_it():
     assert (F.cosine_similarity(C[0], kinds) > 0.9).all()
 
 
-def test_dispatching_is_equation_6():
+def test_dispatching_is_equation_6_with_its_mlp_in_the_sum():
     rng = np.random.default_rng(0)
     K, N, h, d = 4, 7, 2, 3
     C, M = rng.normal(size=(K, h * d)), softmax(rng.normal(size=(h, K, N)), axis=1)
-    received = cf.FeatureDispatching(h)(torch.tensor(C)[None], torch.tensor(M)[None])[0].numpy()
+    module = cf.FeatureDispatching(h * d, h).double()
+    received = module(torch.tensor(C)[None], torch.tensor(M)[None])[0]
+    assert received.shape == (N, h * d) and (received == 0).all()  # a new block leaves the tokens as they are
+    for parameter in module.parameters():
+        parameter.data = torch.tensor(rng.normal(size=tuple(parameter.shape)))
+    gain, shift, W, w, V, v = [parameter.detach().numpy() for parameter in module.parameters()]
+    thought = []
+    for c in C:
+        c = (c - c.mean()) / np.sqrt(c.var() + 1e-5) * gain + shift
+        hidden = [x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in W @ c + w]  # GELU
+        thought.append(V @ np.array(hidden) + v)
+    received = module(torch.tensor(C)[None], torch.tensor(M)[None])[0].detach().numpy()
     for i in range(N):
         for head in range(h):
             part = slice(head * d, (head + 1) * d)
-            expected = sum(K * M[head, k, i] * C[k, part] for k in range(K)) / K  # 1/K sum_k sim(C_k, p_i) C_k
+            expected = sum(K * M[head, k, i] * thought[k][part] for k in range(K)) / K  # 1/K sum_k sim(C_k, p_i) C_k
             np.testing.assert_allclose(received[i, part], expected, atol=1e-12)
+
+
+def test_a_new_block_is_its_convolution():
+    torch.manual_seed(0)
+    block, x = cf.ClusterBlock(32, 2), torch.randn(2, 9, 6, 32)
+    expected = x + F.conv2d(x.permute(0, 3, 1, 2), *block.neighbours.parameters(), padding=1, groups=32).permute(0, 2, 3, 1)
+    torch.testing.assert_close(block(x, cf.layout_of(9, 6)), expected)
 
 
 @pytest.mark.parametrize("height, width", [(56, 56), (7, 13), (1, 2), (25, 19)])
@@ -269,7 +287,7 @@ def test_stochastic_depth_leaves_branches_out_in_training_only():
         assert not torch.equal(model(image)["logits"], model(image)["logits"])
         block = model.backbone.stages[-1][-1]
         x, branch = torch.zeros(4000, 1, 1, 2), torch.ones(4000, 1, 1, 2)
-        added = block.add(x, branch, torch.ones(2))
+        added = block.add(x, branch)
     assert set(added.unique().tolist()) == {0.0, 2.0} and abs(added.mean() - 1) < 0.1  # its expectation is the branch
 
 
@@ -518,6 +536,23 @@ def test_evaluation_on_two_processes_is_exact(tmp_path):
     expected = evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=64)
     assert expected["images"] == 101
     assert on_two_processes(evaluate_a_part, tmp_path) == [expected, expected]
+
+
+def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
+    monkeypatch.setitem(evaluation.PEERS, "nano", ())
+    rows = evaluation.benchmark("nano", 64, 2, torch.device("cpu"), rounds=2)
+    model = cf.ClusterFormer("cls", "nano")
+    assert rows[0]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 64, 64))
+    assert rows[0]["macs"] * 2 == counter.get_total_flops()
+    forward, training = rows[0]["memory"]
+    assert 4 * rows[0]["parameters"] < forward < training  # float32 weights at least; then gradients and moments
+    assert rows[0]["eager forward"]["images_per_second"] > rows[0]["eager training"]["images_per_second"] > 0
+    assert rows[0]["eager training"]["ratio"] == 1
+    evaluation.print_benchmark(rows)
+    assert "(1.00x)" in capsys.readouterr().out
+    assert evaluation.loading_speed(folder, 32, images=4) > 0
 
 
 def test_top1_and_top5_are_what_they_say():
