@@ -14,7 +14,7 @@ clusters is a picture that can be looked at.
 
     centers at first    C(0) = pool(I) + FFN(pool(I))             the cells of a grid, averaged
     E-step              M(t) = softmax_K( Q(C(t-1)) K(I)^T )      every pixel is shared out among K clusters
-    M-step              C(t) = C(t-1) + M(t) V(I) / M(t) 1        every center moves by the mean of its pixels
+    M-step              C(t) = C(t-1) + W(t) V(I) / W(t) 1        every center moves by the mean of its pixels
     dispatching         p_i' = p_i + sum_k M[k,i] MLP(C_k)       every pixel takes back from its clusters
 
 E- and M-step alternate T = 3 times with the same Q, K and V: a recursion, not a stack of T layers.
@@ -25,6 +25,7 @@ Letters, here and in the shapes at the ends of lines:
     K  centers        h     heads, each clustering on its own        d  channels of a head = D / h
     T  recursions     I     the tokens                               C  the centers
     M  the assignment: M[k, i] is the share that cluster k has of pixel i
+    W  M times likeness, how much pixel i weighs in the mean of cluster k
 
 The file runs in the order in which an image meets it: where the centers start, clustering, dispatching, the
 block made of these, the backbone made of blocks, the head, and the model that holds them.
@@ -128,12 +129,14 @@ class RecurrentCrossAttentionClustering(nn.Module):
     """T rounds of EM between K centers and N tokens, in each head on its own.
 
         E-step    M(t) = softmax_K( tau cos(Q(C(t-1)), K(I)) )
-        M-step    C(t) = C(t-1) + M(t) V(I) / M(t) 1
+        M-step    C(t) = C(t-1) + W(t) V(I) / W(t) 1,  W(t) = M(t) exp( tau cos(Q(C(t-1)), K(I)) ), element by element
 
     - Softmax over K, not over N: every pixel is shared out among the clusters, its shares sum to 1.  (Attention
       normalises over N instead: every center would take its own pick, and pixels might go unseen.)
     - Cosine and a temperature tau per head: with plain dot products long vectors would win every pixel.
-    - Divided by the mass M 1: the M-step of EM is a mean.  The sum would grow with the number of pixels.
+    - A pixel weighs by its share times its likeness.  Shares alone cannot say that a pixel looks like no center: it is
+      shared out all the same, a little to each, and all these little shares together would blur the center.
+    - Divided by the mass W 1: the M-step of EM is a mean.  The sum would grow with the number of pixels.
     - Added to the center: gradients reach C(0) through all T rounds, and a cluster without pixels stays put.
     - Q, K and V start as the identity, so that from the first step a center attracts the pixels that look like it,
       and stays in the space of the pixels.
@@ -143,7 +146,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
       D to D channels, cost D / d times as much and were no better.
 
     What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
-    softmax turns them into M, one product reads it.  The mass rides along as a column of ones in V.  Keys and values
+    softmax turns them into M, two more passes into W, one product reads it.  The mass rides along as a column of ones in V.  Keys and values
     are projected once, whatever T is.
     """
 
@@ -180,15 +183,16 @@ class RecurrentCrossAttentionClustering(nn.Module):
         history = {"centers": [centers], "assignments": []}
         with torch.autocast(tokens.device.type, enabled=False):
             centers, q = centers.to(dtype), self.q.to(dtype)
-            tau = self.log_temperature.to(dtype).exp().clamp(max=100.0).view(-1, 1, 1)  # at 100 a softmax is an argmax
+            tau = self.log_temperature.to(dtype).exp().clamp(max=50.0).view(-1, 1, 1)  # at 50 a softmax is an argmax
             for _ in range(self.iterations):
                 queries = tau * F.normalize(self.split_heads(centers) @ q, dim=-1)  # (B, h, K, d)
                 similarity = keys @ queries.transpose(-2, -1)  # (B, h, N, K): K last, where the softmax is one pass
                 if center_mask is not None:
                     similarity = similarity.masked_fill(~center_mask[:, None, None], -torch.inf)
                 assignment = similarity.softmax(-1)  # (B, h, N, K)
-                sums = values.transpose(-2, -1) @ assignment  # (B, h, d + 1, K)
-                means = sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1e-6)  # (B, h, d, K)
+                weights = assignment * similarity.exp()  # at most e^50: far from the end of float32
+                sums = values.transpose(-2, -1) @ weights  # (B, h, d + 1, K)
+                means = sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1e-30)  # (B, h, d, K)
                 centers = centers + means.permute(0, 3, 2, 1).flatten(2)  # (B, K, D), each channel back in its place
                 if trace is not None:
                     history["centers"].append(centers)

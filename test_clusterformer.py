@@ -58,8 +58,9 @@ def em_step(C, I, W_q, W_k, W_v, temperature):
         q, k, v = C[:, part] @ W_q[h], I[:, part] @ W_k[h], I[:, gathered] @ W_v[h]
         cosine = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (k / np.linalg.norm(k, axis=1, keepdims=True)).T
         M.append(softmax(temperature[h] * cosine, axis=0))
+        W = M[h] * np.exp(temperature[h] * cosine)
         for center in range(len(C)):
-            moved[center, gathered] += sum(M[h][center, i] * v[i] for i in range(len(I))) / M[h][center].sum()
+            moved[center, gathered] += sum(W[center, i] * v[i] for i in range(len(I))) / W[center].sum()
     return moved, np.stack(M)
 
 
@@ -81,7 +82,7 @@ def test_a_recursion_is_an_em_step(iterations):
         np.testing.assert_allclose(M[image].detach().numpy(), assignment, atol=1e-10)
 
 
-def test_sharp_assignments_of_unit_tokens_give_spherical_kmeans():
+def test_sharp_assignments_are_those_of_spherical_kmeans():
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(60, 8))
     tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
@@ -89,14 +90,25 @@ def test_sharp_assignments_of_unit_tokens_give_spherical_kmeans():
     module = cf.RecurrentCrossAttentionClustering(8, 1, iterations=1).double()
     for weight in (module.q, module.k, module.v):
         assert torch.equal(weight[0], torch.eye(8, dtype=torch.float64))
-    module.log_temperature.data.fill_(math.log(100.0))
-    # At a temperature of 100 a lead of 0.15 in the cosine leaves the second best center exp(-15) = 3e-7 of a token.
+    module.log_temperature.data.fill_(math.log(50.0))
+    # At a temperature of 50 a lead of 0.3 in the cosine leaves the second best center exp(-15) = 3e-7 of a token.
     ranked = np.sort(tokens @ centers.T, axis=1)
-    tokens = tokens[ranked[:, -1] - ranked[:, -2] > 0.15]
-    new, _ = module(torch.tensor(centers)[None], torch.tensor(tokens)[None])
+    tokens = tokens[ranked[:, -1] - ranked[:, -2] > 0.3]
+    new, M = module(torch.tensor(centers)[None], torch.tensor(tokens)[None])
     nearest = (tokens @ centers.T).argmax(1)
-    means = np.stack([tokens[nearest == k].mean(0) for k in range(4)])
-    np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=1e-6)
+    np.testing.assert_allclose(M[0, 0].detach().numpy(), np.eye(4)[:, nearest], atol=1e-5)
+    likeness = np.exp(50 * (tokens @ centers.T - 1))  # of a cluster's own pixels the likest weigh most
+    means = np.stack([np.average(tokens[nearest == k], 0, likeness[nearest == k, k]) for k in range(4)])
+    np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=1e-4)
+
+
+def test_a_pixel_that_looks_like_no_center_hardly_moves_any():
+    module = cf.RecurrentCrossAttentionClustering(8, 1, iterations=1)
+    centers = torch.eye(8)[:2][None]
+    tokens = torch.cat([centers[0].repeat(5, 1), torch.eye(8)[7:]])[None]  # five like each center, one like neither
+    C, M = module(centers, tokens)
+    torch.testing.assert_close(M[0, 0, :, -1], torch.full((2,), 0.5))  # shared out nevertheless
+    assert (C - centers)[0, :, 7].max() < 1e-4  # its part in the means; by shares alone it would be 0.5 / 5.5
 
 
 def test_each_pixel_is_shared_out_among_the_clusters_and_padding_belongs_to_none():
