@@ -188,6 +188,7 @@ def benchmark(variant, image_size, batch_size, device, compiled=False, rounds=9)
 def loading_speed(data, image_size, images=300):
     """Images a second that one core reads and augments for training, as in the ImageNet recipe, from DIR/train/."""
     dataset = Folder(data, "train", train_transform(image_size, randaugment=27, erasing=0.25))
+    torch.set_num_threads(1)  # as in a loader process
     start = time.process_time()  # the seconds of a core, whatever else the machine does
     for key in tqdm(range(images), "loading", leave=False, disable=None):
         dataset[key // len(dataset), key % len(dataset)]
@@ -247,7 +248,7 @@ def main():
         if args.data:
             loaded = loading_speed(args.data, image_size)
             cores = rows[-1]["eager training"]["images_per_second"] / loaded
-            print(f"a core loads {loaded:.0f} training images/s from {args.data}; {cores:.1f} of them feed the training step")
+            print(f"a core loads {loaded:.0f} training images/s from {args.data}; {cores:.2g} of them feed the training step")
         if args.json:
             with open(args.json, "w") as file:
                 json.dump(rows, file, indent=2)

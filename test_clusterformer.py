@@ -727,7 +727,7 @@ def test_one_line_says_what_is_wrong_with_a_data_folder(tmp_path, capsys, folder
     [
         (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
-        (["--batch-size", 20000], "more than the 7500 training images"),
+        (["--batch-size", 20000], "more than the 6500 training images"),
         (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
         (["--lr", "nan"], "--lr must be at least 0.0, got nan"),
         (["--image-size", 31], "--image-size must be at least 32"),

@@ -38,7 +38,7 @@ RECIPES = {
     "variant": ("nano", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
     "patch_size": (4, 4, None, "pixels a side of the smallest token: 4, or 2 for images of about 32 pixels"),
     "image_size": (48, 224, 32, "pixels a side of training and evaluation images"),
-    "epochs": (4, 300, 1, "passes over the training images; on shapes 7,500 new scenes each"),
+    "epochs": (4, 300, 1, "passes over the training images; on shapes 6,500 new scenes each"),
     "batch_size": (32, 1024, 1, "images per optimizer step, over all processes"),
     "lr": (3e-3, 1e-3, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
     "warmup_epochs": (0.3, 20.0, 0.0, "epochs over which the learning rate rises; after them it falls as a cosine"),
@@ -116,7 +116,7 @@ def read_checkpoint(path):
 
 def training_set(settings):
     if settings["data"] is None:
-        return Shapes(7_500, settings["image_size"], settings["seed"], "train")
+        return Shapes(6_500, settings["image_size"], settings["seed"], "train")
     transform = train_transform(settings["image_size"], settings["randaugment"], settings["erasing"])
     return Folder(settings["data"], "train", transform, settings["seed"])
 
