@@ -143,11 +143,11 @@ class RecurrentCrossAttentionClustering(nn.Module):
     - A head compares d neighbouring channels of the tokens, but gathers every h-th.  The mean over pixels that look
       alike, of just those channels in which they look alike, would tell a center little that it does not know.  So in
       the next round each head compares what other heads have gathered, and d x d projections suffice: full ones, of
-      D to D channels, cost D / d times as much and were no better.
+      D to D channels, cost D / d times as much and were no better (one seed, small images).
 
     What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
-    softmax turns them into M, two more passes into W, one product reads it.  The mass rides along as a column of ones in V.  Keys and values
-    are projected once, whatever T is.
+    softmax turns them into M, two more passes into W, one product reads it.  The mass rides along as a column of ones
+    in V.  Keys and values are projected once, whatever T is.
     """
 
     def __init__(self, dim, num_heads, iterations=3):
@@ -190,7 +190,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
                 if center_mask is not None:
                     similarity = similarity.masked_fill(~center_mask[:, None, None], -torch.inf)
                 assignment = similarity.softmax(-1)  # (B, h, N, K)
-                weights = assignment * similarity.exp()  # at most e^50: far from the end of float32
+                weights = assignment * similarity.exp()  # (B, h, N, K), at most e^50: far from the end of float32
                 sums = values.transpose(-2, -1) @ weights  # (B, h, d + 1, K)
                 means = sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1e-30)  # (B, h, d, K)
                 centers = centers + means.permute(0, 3, 2, 1).flatten(2)  # (B, K, D), each channel back in its place
