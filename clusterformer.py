@@ -146,8 +146,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
       D to D channels, cost D / d times as much and were no better (one seed, small images).
 
     What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
-    softmax turns them into M, two more passes into W, one product reads it.  The mass rides along as a column of ones
-    in V.  Keys and values are projected once, whatever T is.
+    softmax turns them into M, two more passes into W, the mass and one product read it.  Keys and values are projected
+    once, whatever T is.  Inside, heads come before images: a head's projection is then one product for all images,
+    where (B, h, ...) would copy its d x d weights, and sum their gradients, for every image.
     """
 
     def __init__(self, dim, num_heads, iterations=3):
@@ -159,8 +160,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.q, self.k, self.v = (nn.Parameter(identity.clone()) for _ in range(3))  # (h, d, d)
         self.log_temperature = nn.Parameter(torch.full((num_heads,), math.log(10.0)))
 
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, n, D) -> (B, h, n, d)
+    def project(self, x, weight):
+        """x: (B, n, h, d).  weight: (h, d, d).  Returns (h, B, n, d)."""
+        return (x.permute(2, 0, 1, 3).flatten(1, 2) @ weight).unflatten(1, x.shape[:2])
 
     def forward(self, centers, tokens, mask=None, center_mask=None, trace=None):
         """Cluster the tokens.
@@ -171,33 +173,34 @@ class RecurrentCrossAttentionClustering(nn.Module):
         trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
-        keys = self.split_heads(tokens) @ self.k  # (B, h, N, d)
-        values = tokens.unflatten(-1, (-1, self.num_heads)).permute(0, 3, 1, 2) @ self.v  # (B, h, N, d), every h-th channel
+        keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
+        values = tokens.unflatten(-1, (-1, self.num_heads)).transpose(-2, -1)  # (B, N, h, d), every h-th channel
         # The rounds run in float32 also under autocast.  It costs no memory traffic: the softmax gives float32 in any
         # case, and to cast M down would be one more pass over it.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         keys = F.normalize(keys.to(dtype), dim=-1)
-        values = F.pad(values.to(dtype), (0, 1), value=1.0)  # (B, h, N, d + 1)
-        if mask is not None:
-            values = values * mask[:, None, :, None]  # zero in V and in the ones: neither pull nor mass
+        values = self.project(values, self.v).to(dtype)  # (h, B, N, d)
         history = {"centers": [centers], "assignments": []}
         with torch.autocast(tokens.device.type, enabled=False):
             centers, q = centers.to(dtype), self.q.to(dtype)
-            tau = self.log_temperature.to(dtype).exp().clamp(max=50.0).view(-1, 1, 1)  # at 50 a softmax is an argmax
+            tau = self.log_temperature.to(dtype).exp().clamp(max=50.0).view(-1, 1, 1, 1)  # at 50 a softmax is an argmax
             for _ in range(self.iterations):
-                queries = tau * F.normalize(self.split_heads(centers) @ q, dim=-1)  # (B, h, K, d)
-                similarity = keys @ queries.transpose(-2, -1)  # (B, h, N, K): K last, where the softmax is one pass
+                queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)
+                queries = tau * F.normalize(queries, dim=-1)  # (h, B, K, d)
+                similarity = keys @ queries.transpose(-2, -1)  # (h, B, N, K): K last, where the softmax is one pass
                 if center_mask is not None:
-                    similarity = similarity.masked_fill(~center_mask[:, None, None], -torch.inf)
-                assignment = similarity.softmax(-1)  # (B, h, N, K)
-                weights = assignment * similarity.exp()  # (B, h, N, K), at most e^50: far from the end of float32
-                sums = values.transpose(-2, -1) @ weights  # (B, h, d + 1, K)
-                means = sums[:, :, :-1] / sums[:, :, -1:].clamp(min=1e-30)  # (B, h, d, K)
-                centers = centers + means.permute(0, 3, 2, 1).flatten(2)  # (B, K, D), each channel back in its place
+                    similarity = similarity.masked_fill(~center_mask[:, None], -torch.inf)
+                assignment = similarity.softmax(-1)  # (h, B, N, K)
+                weights = assignment * similarity.exp_()  # (h, B, N, K), at most e^50; similarity is done with
+                if mask is not None:
+                    weights = weights * mask[:, :, None]  # neither pull nor mass
+                mass = weights.sum(-2, keepdim=True)  # (h, B, 1, K)
+                means = values.transpose(-2, -1) @ weights / mass.clamp(min=1e-30)  # (h, B, d, K)
+                centers = centers + means.permute(1, 3, 2, 0).flatten(2)  # (B, K, D), each channel back in its place
                 if trace is not None:
                     history["centers"].append(centers)
-                    history["assignments"].append(assignment.transpose(-2, -1))
-        assignment = assignment.transpose(-2, -1)  # (B, h, K, N)
+                    history["assignments"].append(assignment.permute(1, 0, 3, 2))
+        assignment = assignment.permute(1, 0, 3, 2)  # (B, h, K, N)
         if mask is not None:
             assignment = assignment * mask[:, None, None]
             history["assignments"] = [past * mask[:, None, None] for past in history["assignments"]]
@@ -229,10 +232,10 @@ class FeatureDispatching(nn.Module):
     def forward(self, centers, assignment):
         """centers: (B, K, D).  assignment: (B, h, K, N).  Returns what each token receives, (B, N, D)."""
         centers = self.mlp(centers)
-        heads = centers.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(assignment.dtype)  # (B, h, K, d)
+        heads = centers.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3).to(assignment.dtype)  # (h, B, K, d)
         with torch.autocast(centers.device.type, enabled=False):  # as in the rounds: M is float32 already
-            received = assignment.transpose(-2, -1) @ heads  # (B, h, N, d)
-        return received.transpose(1, 2).flatten(2)  # (B, N, D)
+            received = assignment.permute(1, 0, 3, 2) @ heads  # (h, B, N, d)
+        return received.permute(1, 2, 0, 3).flatten(2)  # (B, N, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------
