@@ -3,6 +3,8 @@
 
     shapes        drawn from (seed, epoch, index): no download, no files, every epoch new scenes; the default
     ImageFolder   DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg: ImageNet and anything else laid out like it
+    COCO          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments of any categories
+    ADE20K        DIR/images/ and DIR/annotations/: label maps of any number of classes
 
 Nothing here depends on how many processes or workers read: a sample and its augmentation are a function of
 (seed, epoch, index), the order of samples of (seed, epoch), mixup and cutmix of (seed, step).  A run can
@@ -10,15 +12,24 @@ therefore be repeated, split over more devices, or taken up in the middle, and s
 """
 
 import contextlib
+import io
+import json
 import math
 import os
+import pickle
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
+from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
 
 MEAN_COLOUR = (0.485, 0.456, 0.406)  # ImageNet's; what erasing and rotation leave behind looks like nothing
 
@@ -130,23 +141,97 @@ def dominant_thing(rng):
     return things, label
 
 
+def scattered_things(rng):
+    """A scene for the dense tasks: one to six things, some cut by the frame, later ones over earlier ones."""
+    return [
+        (int(rng.integers(len(THINGS))), rng.uniform(0.10, 0.28), rng.uniform(0.02, 0.98), rng.uniform(0.02, 0.98))
+        for _ in range(rng.integers(1, 7))
+    ]
+
+
+VISIBLE = 20  # pixels that must be seen of a thing, or of a kind of stuff, for it to be annotated
+
+
 class Shapes(Dataset):
-    """Scenes drawn from (seed, epoch, index); validation scenes do not depend on the seed, nor on the epoch."""
+    """Scenes drawn from (seed, epoch, index); validation scenes do not depend on the seed, nor on the epoch.
 
-    classes = list(THINGS)
+    cls: a large thing among small ones.  det, inst: the things.  sem: the classes of all pixels.  pan: things and stuff.
+    """
 
-    def __init__(self, length, size, seed, split):
-        self.length, self.size, self.seed, self.split = length, size, seed, split
+    def __init__(self, length, size, seed, split, task="cls"):
+        self.length, self.size, self.seed, self.split, self.task = length, size, seed, split, task
+        self.classes = list(THINGS) + (list(STUFF) if task in ("sem", "pan") else [])
+        self.things = [name in THINGS for name in self.classes]
+        self.categories = list(range(1, len(self.classes) + 1))
 
     def __len__(self):
         return self.length
 
+    def scene(self, epoch, index):
+        """Image, uint8 (3, size, size); what it shows: list of (class, mask, bool (size, size)); the class for cls."""
+        train = self.split == "train"
+        if self.task == "cls":
+            rng = np.random.default_rng((0, self.seed, epoch, index) if train else (1, index))
+            things, label = dominant_thing(rng)
+        else:
+            rng = np.random.default_rng((2, self.seed, epoch, index) if train else (3, index))
+            things, label = scattered_things(rng), None
+        image, segments = draw_scene(rng, self.size, things)
+        shown = [(category, segments == i) for i, (category, *_) in enumerate(things)]
+        if self.task == "sem":  # one mask a class
+            shown = [(c, np.any([mask for k, mask in shown if k == c], 0)) for c in sorted({c for c, _ in shown})]
+        if self.task in ("sem", "pan"):
+            shown += [(len(THINGS) + s, segments == -1 - s) for s in range(len(STUFF))]
+        return image, [(category, mask) for category, mask in shown if mask.sum() >= VISIBLE], label
+
     def __getitem__(self, key):
-        """key: (epoch, index).  Returns the image, float32 (3, size, size) in [0, 1], and its label, an int."""
-        rng = np.random.default_rng((0, self.seed, *key) if self.split == "train" else (1, key[1]))
-        things, label = dominant_thing(rng)
-        image, _ = draw_scene(rng, self.size, things)
-        return torch.from_numpy(image).float() / 255, label
+        """key: (epoch, index).  Returns the image, float32 (3, size, size) in [0, 1], and for cls its label, an int.
+
+        The other tasks' targets are described with the dense data sets below.
+        """
+        image, shown, label = self.scene(*key)
+        image = torch.from_numpy(image).float() / 255
+        if self.task == "cls":
+            return image, label
+        if self.split == "val":
+            return image, dict(index=key[1], size=(self.size, self.size))
+        masks = torch.from_numpy(np.array([mask for _, mask in shown], bool).reshape(-1, self.size, self.size))
+        labels = torch.tensor([category for category, _ in shown], dtype=torch.int64)
+        target = target_of(labels, None, masks, masks.shape[1:])
+        if self.task == "det":
+            del target["masks"]
+        return image, target
+
+    def coco(self):
+        """The validation scenes as a COCO object."""
+        images = [dict(id=index, width=self.size, height=self.size) for index in range(len(self))]
+        annotations = []
+        for index in range(len(self)):
+            for category, mask in self.scene(0, index)[1]:
+                rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
+                annotations.append(
+                    dict(id=len(annotations) + 1, image_id=index, category_id=self.categories[category], iscrowd=0)
+                    | dict(bbox=mask_utils.toBbox(rle).tolist(), area=int(mask.sum()), segmentation=rle)
+                )
+        coco = COCO()
+        coco.dataset = dict(images=images, annotations=annotations)
+        coco.dataset["categories"] = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def label_map(self, index):
+        labels = torch.full((self.size, self.size), -1)
+        for category, mask in self.scene(0, index)[1]:
+            labels[torch.from_numpy(mask)] = category
+        return labels
+
+    def segments(self, index):
+        ids, table = torch.zeros(self.size, self.size, dtype=torch.int64), []
+        for number, (category, mask) in enumerate(self.scene(0, index)[1], 1):
+            ids[torch.from_numpy(mask)] = number
+            table.append(dict(id=number, category_id=self.categories[category], iscrowd=0))
+        return ids, table
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,6 +315,292 @@ class Folder(Dataset):
         image = load_image(os.fsdecode(self.paths[key[1]]))
         with seeded(self.seed, *key):
             return self.transform(image), int(self.labels[key[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dense data sets: every object, or every pixel, has a label
+# ---------------------------------------------------------------------------------------------------------------
+# In training data[epoch, index] is an image, float32 (3, H, W) in [0, 1], and what is in it, a dictionary:
+#
+#     labels  (n,) int64           class of each object (det, inst) or segment (pan; sem: one for each class)
+#     boxes   (n, 4) float32       centre x, centre y, width, height, in fractions of the image
+#     masks   (n, H, W) bool       det has none
+#
+# In evaluation (no crop) the dictionary holds the image's `index` and its `size` (H, W) in the file; what is right is
+# asked of the data set: `coco()` for det and inst, `label_map(index)` for sem, `segments(index)` for pan.
+# `classes` are the names, `things` says for each class whether it is countable, `categories` its number in the files.
+
+
+class Packed:
+    """A long list of small Python objects in two arrays.
+
+    Worker processes share their parent's memory until someone writes to it, and to look at a Python object writes to its
+    count of references: a million annotations kept as objects end up once in every worker.
+    """
+
+    def __init__(self, items):
+        packed = [pickle.dumps(item, -1) for item in items]
+        self.ends = np.cumsum([0] + [len(item) for item in packed])
+        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
+
+
+def box_tensor(boxes, size):
+    """A list of [left, top, right, bottom] in pixels of an image of size (H, W), as torchvision's transforms take it."""
+    return tv_tensors.BoundingBoxes(torch.tensor(boxes).float().view(-1, 4), format="XYXY", canvas_size=size)
+
+
+def training_sample(image, labels, boxes, masks, transform, crop):
+    """Augments an image and what is in it.
+
+    image: tv_tensors.Image.  labels: list of n ints.  boxes: BoundingBoxes (n, 4), or None where the masks say it all.
+    masks: (n, H, W) bool, or None.  transform: of torchvision.transforms.v2.  crop: pixels a side, at most; smaller
+    images stay whole, since the model knows padding from image.
+    Returns image and target as above.  What has less than a pixel left in the crop is dropped.
+    """
+    parts = dict(labels=torch.tensor(labels, dtype=torch.int64))
+    if boxes is not None:
+        parts["boxes"] = boxes
+    if masks is not None:
+        parts["masks"] = tv_tensors.Mask(masks)
+    image, parts = transform(image, parts)
+    height, width = image.shape[-2:]
+    h, w = min(crop, height), min(crop, width)
+    corner = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+    image = functional.crop(image, *corner, h, w)
+    cropped = {k: functional.crop(v, *corner, h, w) if k != "labels" else v for k, v in parts.items()}
+    masks = cropped["masks"].as_subclass(torch.Tensor) if masks is not None else None
+    boxes = cropped["boxes"].as_subclass(torch.Tensor) if boxes is not None else None
+    return as_pixels(image), target_of(cropped["labels"], boxes, masks, (h, w))
+
+
+def as_pixels(image):
+    """uint8 -> float32 in [0, 1], a plain tensor."""
+    return functional.to_dtype(image, torch.float32, scale=True).as_subclass(torch.Tensor)
+
+
+def target_of(labels, boxes, masks, size):
+    """labels (n,), boxes (n, 4) xyxy in pixels or None, masks (n, H, W) bool or None -> a target as above."""
+    height, width = size
+    if masks is not None:  # they know better than boxes what is left of an object
+        seen = masks.flatten(1).any(1)
+        labels, masks = labels[seen], masks[seen]
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]) if len(masks) else torch.zeros(0, 4)
+    whole = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+    boxes = box_convert(boxes[whole], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+    target = dict(labels=labels[whole], boxes=boxes.float())
+    return target if masks is None else target | dict(masks=masks[whole])
+
+
+class Coco(Dataset):
+    """COCO 2017's layout with any categories, any numbers: DIR/{train,val}2017/*.jpg and
+
+    det, inst   DIR/annotations/instances_{train,val}2017.json: objects with boxes, and masks as polygons or RLE
+    pan         DIR/annotations/panoptic_{train,val}2017.json: every pixel's segment, things and stuff, with the PNGs in
+                the folder panoptic_{train,val}2017 beside it or in DIR
+
+    Crowds are not trained on.  Boxes are clipped to their image; `dropped` of them had nothing left.
+    Raises InputError, a line that names file and entry, where files do not belong together.
+    """
+
+    def __init__(self, root, split, task, transform, crop=None, seed=0, classes=None):
+        self.task, self.transform, self.crop, self.seed = task, transform, crop, seed
+        kind = "panoptic" if task == "pan" else "instances"
+        self.folder = os.path.join(root, f"{split}2017")
+        self.path = os.path.join(root, "annotations", f"{kind}_{split}2017.json")
+        for path in (root, self.folder, self.path):
+            if not os.path.exists(path):
+                raise InputError(f"{path}: not there; --data takes DIR with DIR/{split}2017/ and DIR/annotations/")
+        if task == "pan":
+            places = [self.path.removesuffix(".json"), os.path.join(root, f"panoptic_{split}2017")]
+            self.maps = next((place for place in places if os.path.isdir(place)), None)
+            if self.maps is None:
+                raise InputError(f"{places[0]}: no such folder of panoptic PNGs, nor {places[1]}")
+        content = self.read()
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.categories = [category["id"] for category in categories]
+        self.classes = [category["name"] for category in categories]
+        self.things = [bool(category.get("isthing", 1)) for category in categories]
+        if classes is not None and self.classes != list(classes):
+            raise InputError(f"{self.path}: its {len(self.classes)} categories are not the model's {len(classes)}")
+        position = {number: i for i, number in enumerate(self.categories)}
+        images = sorted(content["images"], key=lambda image: image["id"])
+        entries, files, self.dropped = {image["id"]: [] for image in images}, set(os.listdir(self.folder)), 0
+        for image in images:
+            if image["file_name"] not in files:
+                raise InputError(f"{self.path}: image {image['id']}, {image['file_name']}, is not in {self.folder}")
+        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+        for entry in content["annotations"]:
+            where = f"{self.path}: annotation {entry.get('id', entry.get('file_name'))}"
+            if entry["image_id"] not in entries:
+                raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images")
+            parts = entry["segments_info"] if task == "pan" else [entry]
+            for part in parts:
+                if part["category_id"] not in position:
+                    raise InputError(f"{where} has category {part['category_id']}, which is not in its table")
+            if task == "pan":
+                entries[entry["image_id"]] = entry
+            elif not entry.get("iscrowd", 0):
+                left, top, width, height = entry["bbox"]
+                h, w = sizes[entry["image_id"]]
+                box = [max(left, 0), max(top, 0), min(left + width, w), min(top + height, h)]
+                if box[2] - box[0] > 0 and box[3] - box[1] > 0:  # also false for NaN
+                    label = position[entry["category_id"]]
+                    mask = entry.get("segmentation") if task == "inst" else None
+                    if task == "inst" and not mask:
+                        raise InputError(f"{where} has no mask; --task det needs none")
+                    entries[entry["image_id"]].append((label, box, mask))
+                else:
+                    self.dropped += 1
+        if not any(entries.values()):
+            raise InputError(f"{self.path}: no usable annotation in it")
+        self.images = Packed([(image["file_name"], image["id"], sizes[image["id"]]) for image in images])
+        self.entries = Packed([entries[image["id"]] for image in images])
+
+    def read(self):
+        try:
+            with open(self.path) as file:
+                content = json.load(file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: not a readable JSON file ({error})") from error
+        missing = [key for key in ("images", "annotations", "categories") if key not in content]
+        if missing:
+            raise InputError(f"{self.path}: not in COCO's format, it has no {', '.join(missing)}")
+        return content
+
+    def coco(self):
+        """Everything in the annotation file, crowds too, as pycocotools' evaluation takes it."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return COCO(self.path)
+
+    def segments(self, index):
+        """The panoptic map of an image: ids, int64 (H, W), 0 where void, and a dictionary for each segment."""
+        name, number, size = self.images[index]
+        entry = self.entries[index]
+        if not entry:
+            raise InputError(f"{self.path}: image {number}, {name}, has no annotation")
+        path = os.path.join(self.maps, entry["file_name"])
+        rgb = np.asarray(load_image(path), np.int64)
+        ids = rgb @ [1, 256, 256**2]  # (H, W)
+        if ids.shape != size:
+            raise InputError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, {name} has {size[1]} x {size[0]}")
+        unknown = set(np.unique(ids).tolist()) - {0} - {segment["id"] for segment in entry["segments_info"]}
+        if unknown:
+            raise InputError(f"{path}: segment {min(unknown)} has no entry in {self.path}")
+        return torch.from_numpy(ids), entry["segments_info"]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        """key: (epoch, index).  See above."""
+        epoch, index = key
+        name, _, size = self.images[index]
+        image = tv_tensors.Image(functional.pil_to_tensor(load_image(os.path.join(self.folder, name))))
+        if tuple(image.shape[-2:]) != size:
+            found = f"{image.shape[2]} x {image.shape[1]}"
+            raise InputError(f"{name}: {found} pixels, {self.path} says {size[1]} x {size[0]}")
+        if self.crop is None:
+            return as_pixels(self.transform(image)), dict(index=index, size=size)
+        boxes = masks = None
+        if self.task == "pan":
+            ids, segments = self.segments(index)
+            segments = [segment for segment in segments if not segment.get("iscrowd", 0)]
+            labels = [self.categories.index(segment["category_id"]) for segment in segments]
+            masks = ids == torch.tensor([segment["id"] for segment in segments]).view(-1, 1, 1)
+        else:
+            labels, boxes, shapes = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
+            boxes = box_tensor(boxes, size)
+            if self.task == "inst":
+                masks = torch.zeros(len(shapes), *size, dtype=torch.bool)
+                for mask, shape in zip(masks, shapes):
+                    mask[:] = torch.from_numpy(decode_mask(shape, size)) > 0
+        with seeded(self.seed, epoch, index):
+            return training_sample(image, labels, boxes, masks, self.transform, self.crop)
+
+
+def decode_mask(segmentation, size):
+    """A mask in any of COCO's three forms (polygons, RLE as numbers, RLE as text) -> uint8 (H, W)."""
+    if isinstance(segmentation, list):
+        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = mask_utils.frPyObjects(segmentation, *size)
+    return mask_utils.decode(segmentation)
+
+
+class Ade(Dataset):
+    """ADE20K's layout (ADEChallengeData2016) with any number of classes, for sem:
+
+    DIR/images/{training,validation}/*.jpg         DIR/annotations/{training,validation}/*.png, 0 where unlabelled
+    DIR/objectInfo150.txt                          names, the last column after a tab; without it the classes are numbers
+    """
+
+    def __init__(self, root, split, transform, crop=None, seed=0, classes=None):
+        self.transform, self.crop, self.seed = transform, crop, seed
+        split = dict(train="training", val="validation")[split]
+        self.folder, self.maps = os.path.join(root, "images", split), os.path.join(root, "annotations", split)
+        for folder in (root, self.folder, self.maps):
+            if not os.path.isdir(folder):
+                raise InputError(f"{folder}: no such folder; --data takes DIR with DIR/images/ and DIR/annotations/")
+        stems = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(self.folder))}
+        maps = set(os.listdir(self.maps))
+        missing = [name for stem, name in stems.items() if stem + ".png" not in maps]
+        if missing or not stems:
+            what = f"no label map of {missing[0]}" if missing else "no images"
+            raise InputError(f"{self.maps if missing else self.folder}: {what}")
+        self.names = np.array([os.fsencode(name) for name in stems.values()])
+        table = os.path.join(root, "objectInfo150.txt")
+        if classes is not None:
+            self.classes = list(classes)
+        elif os.path.exists(table):
+            with open(table) as file:
+                self.classes = [line.rstrip("\n").split("\t")[-1].split(",")[0] for line in file][1:]
+        else:
+            maps = tqdm(range(len(self)), f"no {table}: counting classes", disable=None)
+            self.classes = [str(i + 1) for i in range(max(int(self.read_map(index)[1].max()) for index in maps))]
+        self.things, self.categories = [False] * len(self.classes), list(range(1, len(self.classes) + 1))
+
+    def read_map(self, index):
+        path = os.path.join(self.maps, os.path.splitext(os.fsdecode(self.names[index]))[0] + ".png")
+        try:
+            with Image.open(path) as image:
+                return path, torch.from_numpy(np.asarray(image).astype(np.int64))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as an image ({error})") from error
+
+    def label_map(self, index):
+        """Classes of the pixels of an image, int64 (H, W), -1 where unlabelled."""
+        path, labels = self.read_map(index)
+        if labels.ndim != 2 or labels.max() > len(self.classes):
+            what = f"label {int(labels.max())}" if labels.ndim == 2 else "colours"
+            raise InputError(f"{path}: {what} in it, the data set has labels 0 to {len(self.classes)}")
+        return labels - 1
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, key):
+        """key: (epoch, index).  See above."""
+        epoch, index = key
+        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
+        image = tv_tensors.Image(functional.pil_to_tensor(load_image(path)))
+        size = tuple(image.shape[-2:])
+        if self.crop is None:
+            return as_pixels(self.transform(image)), dict(index=index, size=size)
+        labels = self.label_map(index)
+        if tuple(labels.shape) != size:
+            found = f"{labels.shape[1]} x {labels.shape[0]}"
+            raise InputError(f"{path}: {size[1]} x {size[0]} pixels, its label map has {found}")
+        present = labels.unique()
+        present = present[present >= 0]
+        with seeded(self.seed, epoch, index):
+            masks = labels == present.view(-1, 1, 1)
+            return training_sample(image, present.tolist(), None, masks, self.transform, self.crop)
 
 
 # ---------------------------------------------------------------------------------------------------------------
