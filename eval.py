@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -88,6 +89,70 @@ def evaluate(model, dataset, device, batch_size=128, workers=0):
         dist.all_reduce(counts)
     top1, top5, seen = counts.tolist()
     return {"top1": top1 / seen, "top5": top5 / seen, "images": seen}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures of the dense tasks; those of boxes and masks are pycocotools'
+# ---------------------------------------------------------------------------------------------------------------
+def panoptic_counts(predicted, segments, truth, entries, category_class, num_classes):
+    """What one image adds to panoptic quality (Kirillov et al., 2019), per class.
+
+    predicted: int64 (H, W), ids of segments, 0 where there is none.  segments: list of {"id", "label"}.
+    truth: int64 (H, W), 0 is void.  entries: list of {"id", "category_id", "iscrowd"}.
+    category_class: category_id -> class.
+    Returns float64 (num_classes, 4): sum of the IoU of matches, true positives, false positives, false negatives.
+    """
+    counts = torch.zeros(num_classes, 4, dtype=torch.float64)
+    base = int(predicted.max()) + 1
+    pairs, pixels = (truth * base + predicted).unique(return_counts=True)
+    overlap = {(pair // base, pair % base): n for pair, n in zip(pairs.tolist(), pixels.tolist())}
+    area_true, area_predicted = Counter(), Counter()
+    for (g, p), n in overlap.items():
+        area_true[g] += n
+        area_predicted[p] += n
+    label = {segment["id"]: segment["label"] for segment in segments if area_predicted[segment["id"]]}
+    expected = {entry["id"]: category_class[entry["category_id"]] for entry in entries if area_true[entry["id"]]}
+    crowds = {entry["id"] for entry in entries if entry.get("iscrowd", 0)}
+    matched = set()
+    for (g, p), n in overlap.items():
+        if g in expected and g not in crowds and p in label and expected[g] == label[p]:
+            # Void pixels count neither for nor against a prediction.
+            iou = n / (area_true[g] + area_predicted[p] - n - overlap.get((0, p), 0))
+            if iou > 0.5:  # so that no segment can have two matches
+                counts[label[p], 0] += iou
+                counts[label[p], 1] += 1
+                matched |= {("true", g), ("predicted", p)}
+    for p, c in label.items():
+        # A prediction that lies mostly on void, or on a crowd of its class, is not held against the model.
+        forgiven = overlap.get((0, p), 0) + sum(overlap.get((g, p), 0) for g in crowds if expected.get(g) == c)
+        if ("predicted", p) not in matched and forgiven / area_predicted[p] <= 0.5:
+            counts[c, 2] += 1
+    for g, c in expected.items():
+        if ("true", g) not in matched and g not in crowds:
+            counts[c, 3] += 1
+    return counts
+
+
+def panoptic_quality(counts, chosen):
+    """PQ, SQ, RQ, means over the chosen classes (bool (C,)) that occur.  counts: float64 (C, 4), summed over images."""
+    iou, tp, fp, fn = counts[chosen & (counts[:, 1:].sum(1) > 0)].unbind(1)
+    rq = tp / (tp + 0.5 * fp + 0.5 * fn)
+    sq = iou / tp.clamp(min=1)
+    return [x.mean().item() if len(x) else math.nan for x in (sq * rq, sq, rq)]
+
+
+def confusion_counts(predicted, truth, num_classes):
+    """int64 (C, C): pixels of each true class (rows) that were given each class (columns); truth < 0 is left out."""
+    real = truth >= 0
+    return torch.bincount(truth[real] * num_classes + predicted[real], minlength=num_classes**2).view(num_classes, -1)
+
+
+def semantic_figures(confusion):
+    """mIoU over the classes that occur in truth or prediction, pixel accuracy, and IoU per class (nan: not there)."""
+    right = confusion.diag().double()
+    union = confusion.sum(0) + confusion.sum(1) - right
+    iou = right / union
+    return dict(miou=iou[union > 0].mean().item(), pixel_accuracy=(right.sum() / confusion.sum()).item()), iou
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Facts about the method and its use, against references written here in NumPy.   pytest -q"""
 
+import itertools
 import json
 import math
 import os
@@ -499,6 +500,326 @@ def test_images_of_every_kind_are_read_rightly(tmp_path):
         assert np.abs(np.asarray(read).astype(int) - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, name
     assert np.abs(np.asarray(data.load_image(tmp_path / "grey.png"))[..., 0] - np.asarray(upright.convert("L"))).max() == 0
     assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - grey / 257).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dense data: shapes with all labels, COCO's layout, ADE20K's layout
+# ---------------------------------------------------------------------------------------------------------------
+AS_IT_IS = v2.RandomHorizontalFlip(p=0.0)
+
+
+def rectangle(top, left, bottom, right, size=(40, 60)):
+    mask = np.zeros(size, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def runs(mask):
+    """COCO's run lengths of a mask, column by column, zeros first."""
+    flat, lengths, value = mask.T.ravel(), [], False
+    while len(flat):
+        change = np.flatnonzero(flat != value)
+        lengths.append(int(change[0]) if len(change) else len(flat))
+        flat, value = flat[lengths[-1] :], not value
+    return dict(size=list(mask.shape), counts=lengths)
+
+
+def write_coco(root, split="train"):
+    """Two images of 60 x 40 and categories 7 and 90: a polygon, an RLE, a crowd, a box over the border, one of no area."""
+    (root / f"{split}2017").mkdir()
+    (root / "annotations").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        Image.fromarray(np.full((40, 60, 3), 100, np.uint8)).save(root / f"{split}2017" / f"{name}.png")
+    objects = [
+        dict(category_id=90, bbox=[10, 5, 20, 10], segmentation=[[10, 5, 30, 5, 30, 15, 10, 15]], iscrowd=0),
+        dict(category_id=7, bbox=[40, 20, 10, 15], segmentation=runs(rectangle(20, 40, 35, 50)), iscrowd=0),
+        dict(category_id=7, bbox=[0, 0, 60, 40], segmentation=runs(rectangle(0, 0, 40, 60)), iscrowd=1),
+        dict(category_id=7, bbox=[50, -5, 20, 15], segmentation=runs(rectangle(0, 50, 10, 60)), iscrowd=0),
+        dict(category_id=7, bbox=[20, 20, 0, 5], segmentation=[[20, 20, 20, 25, 20, 22]], iscrowd=0),
+    ]
+    content = dict(
+        images=[dict(id=i, file_name=f"{name}.png", width=60, height=40) for i, name in ((5, "a"), (3, "b"))],
+        annotations=[dict(id=i, image_id=5, area=1, **entry) for i, entry in enumerate(objects)],
+        categories=[dict(id=90, name="kite"), dict(id=7, name="boat")],
+    )
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return content
+
+
+def test_coco_annotations_of_every_form_are_read_rightly(tmp_path):
+    write_coco(tmp_path)
+    coco = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)
+    assert coco.classes == ["boat", "kite"] and coco.categories == [7, 90] and len(coco) == 2
+    assert coco.dropped == 1  # the one of no area; the crowd is no training target either
+    image, target = coco[0, 1]  # images in the order of their numbers
+    assert image.shape == (3, 40, 60) and image.sub(100 / 255).abs().max() < 1e-6
+    expected = [rectangle(5, 10, 15, 30), rectangle(20, 40, 35, 50), rectangle(0, 50, 10, 60)]
+    assert target["labels"].tolist() == [1, 0, 0] and np.array_equal(target["masks"].numpy(), expected)
+    boxes = torch.tensor([[20, 10, 20, 10], [45, 27.5, 10, 15], [55, 5, 10, 10]]) / torch.tensor([60, 40, 60, 40])
+    torch.testing.assert_close(target["boxes"], boxes)
+    torch.testing.assert_close(data.Coco(tmp_path, "train", "det", AS_IT_IS, crop=1000)[0, 1][1]["boxes"], boxes)
+    _, nothing = coco[0, 0]  # an image without objects is one to learn from
+    assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 40, 60)
+    assert len(coco.coco().anns) == 5
+
+
+def test_a_flipped_image_has_flipped_boxes_and_masks(tmp_path):
+    write_coco(tmp_path)
+    straight = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1][1]
+    for task in ("det", "inst"):
+        flipped = data.Coco(tmp_path, "train", task, v2.RandomHorizontalFlip(p=1.0), crop=1000)[0, 1][1]
+        mirrored = straight["boxes"] * torch.tensor([-1, 1, 1, 1]) + torch.tensor([1, 0, 0, 0])
+        torch.testing.assert_close(flipped["boxes"], mirrored)
+    assert torch.equal(flipped["masks"], straight["masks"].flip(-1))
+
+
+def test_a_crop_keeps_what_can_be_seen_and_is_a_function_of_seed_epoch_and_index(tmp_path):
+    write_coco(tmp_path)
+    jitter = v2.ScaleJitter((40, 60), scale_range=(0.5, 2.0))
+    coco = data.Coco(tmp_path, "train", "inst", jitter, crop=24, seed=4)
+    counts = set()
+    for epoch in range(20):
+        image, target = coco[epoch, 1]
+        assert max(image.shape[-2:]) <= 24 and target["masks"].shape[-2:] == image.shape[-2:]
+        assert target["masks"].flatten(1).any(1).all() and len(target["labels"]) == len(target["boxes"])
+        for box, mask in zip(target["boxes"], target["masks"]):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            size = image.shape[-1], image.shape[-2]
+            expected = [(corners[i] + corners[i + 2]) / 2 / size[i] for i in (0, 1)]
+            expected += [(corners[i + 2] - corners[i]) / size[i] for i in (0, 1)]
+            np.testing.assert_allclose(box, expected, rtol=1e-5)
+        counts.add(len(target["labels"]))
+        assert torch.equal(image, coco[epoch, 1][0])
+    assert len(counts) > 1
+
+
+def write_panoptic(root, split="train"):
+    """One image of 60 x 40: sky (stuff), two boats, a crowd of boats, the rest void."""
+    (root / f"{split}2017").mkdir(exist_ok=True)
+    maps = root / "annotations" / f"panoptic_{split}2017"
+    maps.mkdir(parents=True)
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(root / f"{split}2017" / "a.png")
+    ids = np.zeros((40, 60), int)
+    ids[:10], ids[12:20, :10], ids[12:20, 20:30], ids[30:] = 70000, 258, 3, 9
+    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(maps / "a.png")
+    table = [(70000, 40, 0), (258, 1, 0), (3, 1, 0), (9, 1, 1)]
+    segments = [dict(id=number, category_id=category, iscrowd=crowd) for number, category, crowd in table]
+    content = dict(
+        images=[dict(id=1, file_name="a.png", width=60, height=40)],
+        annotations=[dict(image_id=1, file_name="a.png", segments_info=segments)],
+        categories=[dict(id=1, name="boat", isthing=1), dict(id=40, name="sky", isthing=0)],
+    )
+    (root / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(content))
+    return ids
+
+
+def test_panoptic_maps_are_read_rightly(tmp_path):
+    ids = write_panoptic(tmp_path)
+    coco = data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)
+    assert coco.classes == ["boat", "sky"] and coco.things == [True, False]
+    assert np.array_equal(coco.segments(0)[0], ids)
+    target = coco[0, 0][1]
+    assert target["labels"].tolist() == [1, 0, 0]  # no crowd
+    assert np.array_equal(target["masks"].numpy(), [ids == 70000, ids == 258, ids == 3])
+
+
+def write_ade(root, names=True):
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation"):
+        (root / "images" / split).mkdir(parents=True)
+        (root / "annotations" / split).mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / "images" / split / f"{name}.jpg")
+            Image.fromarray(rng.integers(0, 4, (40, 60), dtype=np.uint8)).save(root / "annotations" / split / f"{name}.png")
+    if names:
+        lines = ["Idx\tRatio\tTrain\tVal\tName", *(f"{i}\t0.1\t1\t1\t{name}" for i, name in enumerate(("wall, x", "sky", "tree"), 1))]
+        (root / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_label_maps_are_read_rightly(tmp_path, names):
+    write_ade(tmp_path, names)
+    ade = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
+    assert ade.classes == (["wall", "sky", "tree"] if names else ["1", "2", "3"]) and len(ade) == 2
+    labels = np.asarray(Image.open(tmp_path / "annotations" / "training" / "b.png"))
+    assert np.array_equal(ade.label_map(1), labels.astype(int) - 1)
+    image, target = ade[0, 1]
+    assert target["labels"].tolist() == [0, 1, 2]
+    assert np.array_equal(target["masks"].numpy(), [labels == 1, labels == 2, labels == 3])
+    held_out = data.Ade(tmp_path, "val", v2.Resize(80), classes=ade.classes)
+    image, target = held_out[0, 0]
+    assert image.shape == (3, 80, 120) and target == dict(index=0, size=(40, 60))
+
+
+def edit_json(change, kind="instances"):
+    def damage(root):
+        path = root / "annotations" / f"{kind}_train2017.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def cut_json(root):
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text(path.read_text()[:300])
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda root: (root / "annotations" / "instances_train2017.json").unlink(), "instances_train2017.json: not there"),
+        (lambda root: (root / "train2017").rename(root / "train"), "train2017: not there"),
+        (lambda root: (root / "train2017" / "b.png").unlink(), "image 3, b.png, is not in"),
+        (cut_json, "not a readable JSON file"),
+        (edit_json(lambda c: c.pop("categories")), "it has no categories"),
+        (edit_json(lambda c: c["annotations"][1].update(category_id=8)), "annotation 1 has category 8"),
+        (edit_json(lambda c: c["annotations"][1].update(image_id=8)), "annotation 1 is of image 8"),
+        (edit_json(lambda c: c.update(annotations=c["annotations"][2:3])), "no usable annotation"),
+        (edit_json(lambda c: c["annotations"][0].pop("segmentation")), "annotation 0 has no mask; --task det needs none"),
+        (edit_json(lambda c: c["images"][0].update(width=61)), "a.png: 60 x 40 pixels"),
+    ],
+)
+def test_one_line_says_what_is_wrong_with_coco_files(tmp_path, damage, complaint):
+    write_coco(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(data.InputError) as error:
+        data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1]
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def wrong_map(root):
+    Image.fromarray(np.zeros((40, 61, 3), np.uint8)).save(root / "annotations" / "panoptic_train2017" / "a.png")
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda root: (root / "annotations" / "panoptic_train2017").rename(root / "maps"), "no such folder of panoptic PNGs"),
+        (wrong_map, "a.png: 61 x 40 pixels, a.png has 60 x 40"),
+        (edit_json(lambda c: c["annotations"][0]["segments_info"].pop(2), "panoptic"), "segment 3 has no entry in"),
+        (edit_json(lambda c: c["annotations"][0]["segments_info"][0].update(category_id=2), "panoptic"), "a.png has category 2"),
+    ],
+)
+def test_one_line_says_what_is_wrong_with_panoptic_files(tmp_path, damage, complaint):
+    write_panoptic(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(data.InputError) as error:
+        data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)[0, 0]
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda root: (root / "annotations" / "training" / "b.png").unlink(), "no label map of b.jpg"),
+        (lambda root: (root / "images" / "training").rename(root / "images" / "train"), "training: no such folder"),
+        (lambda root: Image.new("L", (60, 40), 9).save(root / "annotations" / "training" / "b.png"), "label 9 in it"),
+        (lambda root: Image.new("L", (50, 40), 1).save(root / "annotations" / "training" / "b.png"), "its label map has 50 x 40"),
+    ],
+)
+def test_one_line_says_what_is_wrong_with_ade_files(tmp_path, damage, complaint):
+    write_ade(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(data.InputError) as error:
+        data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)[0, 1]
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_shapes_tell_the_same_of_a_scene_for_every_task():
+    scenes = {task: data.Shapes(50, 96, 3, "train", task) for task in ("det", "inst", "sem", "pan")}
+    things, stuff, cut = Counter(), 0, 0
+    for index in range(50):
+        (image, det), (same, inst), (_, sem), (_, pan) = (scenes[task][1, index] for task in scenes)
+        assert torch.equal(image, same) and image.shape == (3, 96, 96)
+        assert torch.equal(det["boxes"], inst["boxes"]) and "masks" not in det
+        n = len(inst["labels"])
+        assert torch.equal(pan["masks"][:n], inst["masks"]) and torch.equal(pan["labels"][:n], inst["labels"])
+        assert pan["masks"].sum(0).max() == 1 and pan["masks"].flatten(1).sum(1).min() >= data.VISIBLE
+        for label, mask in zip(sem["labels"], sem["masks"]):
+            assert torch.equal(mask, pan["masks"][pan["labels"] == label].any(0))
+        things[n] += 1
+        stuff += (pan["labels"] >= len(data.THINGS)).sum().item() >= 3
+        corners = torch.cat([inst["boxes"][:, :2] - inst["boxes"][:, 2:] / 2, inst["boxes"][:, :2] + inst["boxes"][:, 2:] / 2], 1)
+        cut += ((corners <= 0) | (corners >= 1)).any(1).sum().item()
+    assert max(things) == 6 and things[1] and stuff > 40 and cut > 25
+
+
+def test_the_truth_of_shapes_for_evaluation_is_that_of_training():
+    val = data.Shapes(5, 96, 0, "val", "pan")
+    assert val[0, 2][1] == dict(index=2, size=(96, 96))
+    assert torch.equal(val[0, 2][0], data.Shapes(5, 96, 8, "val", "pan")[7, 2][0])
+    coco = val.coco()
+    for index in range(5):
+        ids, table = val.segments(index)
+        labels = val.label_map(index)
+        entries = coco.loadAnns(coco.getAnnIds(imgIds=[index]))
+        assert len(entries) == len(table)
+        for entry, segment in zip(entries, table):
+            mask = (ids == segment["id"]).numpy()
+            assert np.array_equal(coco.annToMask(entry), mask) and entry["area"] == mask.sum()
+            assert (labels[ids == segment["id"]] == val.categories.index(segment["category_id"])).all()
+            assert entry["category_id"] == segment["category_id"]
+
+
+def test_the_assignment_is_the_cheapest_of_all():
+    rng = np.random.default_rng(0)
+    for case in range(200):
+        n = int(rng.integers(1, 6))
+        m = int(rng.integers(n, 8))
+        cost = rng.normal(size=(n, m)) if case % 2 else rng.integers(0, 3, (n, m)).astype(float)  # with ties, too
+        columns = train.assign(cost)
+        assert len(set(columns)) == n
+        best = min(cost[range(n), list(order)].sum() for order in itertools.permutations(range(m), n))
+        assert cost[range(n), columns].sum() == pytest.approx(best)
+
+
+def panoptic_figures(predicted, segments, truth, entries, classes=3):
+    """PQ, SQ, RQ of small maps given as rows of digits; class c has category_id 10 + c."""
+    predicted, truth = (torch.tensor([[int(digit) for digit in row] for row in rows.split()]) for rows in (predicted, truth))
+    segments = [dict(id=i, label=label) for i, label in segments.items()]
+    entries = [dict(id=i, category_id=10 + label, iscrowd=crowd) for i, (label, crowd) in entries.items()]
+    counts = evaluation.panoptic_counts(predicted, segments, truth, entries, {10 + c: c for c in range(classes)}, classes)
+    return counts, evaluation.panoptic_quality(counts, torch.ones(classes, dtype=torch.bool))
+
+
+def test_panoptic_quality_of_cases_worked_by_hand():
+    truth, entries = "1112 1112 3333", {1: (0, 0), 2: (0, 0), 3: (1, 0)}
+    counts, figures = panoptic_figures(truth, {1: 0, 2: 0, 3: 1}, truth, entries)
+    assert figures == [1, 1, 1] and counts[2].sum() == 0  # a class that does not occur does not count
+
+    # Segment 1 lost a third to 2: IoU 4/6 and 2/4, the second is no match.  3 has the wrong class.
+    counts, (pq, sq, rq) = panoptic_figures("1122 1122 3333", {1: 0, 2: 0, 3: 2}, truth, entries)
+    assert counts.tolist() == [[pytest.approx(4 / 6), 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 0]]
+    assert (pq, sq, rq) == (pytest.approx(4 / 6 / 2 / 3), pytest.approx(4 / 6 / 3), pytest.approx(1 / 2 / 3))
+
+
+def test_void_and_crowds_are_not_held_against_the_model():
+    # Half of the match lies on void: it counts neither as overlap nor as union.
+    counts, figures = panoptic_figures("1111 0000", {1: 0}, "1100 0000", {1: (0, 0)})
+    assert figures == [1, 1, 1]
+    # A prediction that is mostly void, or mostly a crowd of its class, is no false positive; a crowd is never missed.
+    counts, _ = panoptic_figures("1111 2222", {1: 0, 2: 1}, "0003 4444", {3: (2, 0), 4: (1, 1)})
+    assert counts.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    # On a crowd of another class it is one.
+    counts, _ = panoptic_figures("2222", {2: 0}, "4444", {4: (1, 1)})
+    assert counts.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_semantic_figures_are_those_counted_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    predicted, truth = rng.integers(0, 4, (2, 30, 40))
+    truth[rng.random((30, 40)) < 0.2] = -1
+    predicted[predicted == 3], truth[truth == 3] = 0, 1  # class 3 does not occur
+    confusion = evaluation.confusion_counts(torch.from_numpy(predicted), torch.from_numpy(truth), 4)
+    figures, per_class = evaluation.semantic_figures(confusion)
+    real = truth >= 0
+    iou = [(real & (truth == c) & (predicted == c)).sum() / (real & ((truth == c) | (predicted == c))).sum() for c in range(3)]
+    np.testing.assert_allclose(per_class[:3], iou)
+    assert math.isnan(per_class[3]) and figures["miou"] == pytest.approx(np.mean(iou))
+    assert figures["pixel_accuracy"] == pytest.approx((truth == predicted)[real].mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -139,6 +139,41 @@ def parameter_groups(model, weight_decay):
     return [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
 
 
+def assign(cost):
+    """The cheapest way to give every row a column of its own, by shortest augmenting paths (Jonker, Volgenant, 1987).
+
+    cost: float64 NumPy (n, m), n <= m.  Returns the columns of the rows, int64 (n,).
+    Rows are targets, of which an image has a few; so the loop is over rows, and NumPy does a row of columns at a time.
+    """
+    n, m = cost.shape
+    if not np.isfinite(cost).all():
+        return np.arange(n)  # whatever it is: the loss will not be finite either
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    owner = np.full(m, -1)  # the row that has each column
+    for row in range(n):
+        distance, before, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
+        column, at, travelled = -1, row, 0.0
+        while True:  # Dijkstra's search for the nearest free column; stepping onto a taken one goes on from its owner
+            step = travelled + cost[at] - row_price[at] - column_price
+            nearer = ~done & (step < distance)
+            distance[nearer], before[nearer] = step[nearer], column
+            column = int(np.where(done, np.inf, distance).argmin())
+            done[column], travelled, at = True, distance[column], owner[column]
+            if at < 0:
+                break
+        passed = done & (distance < travelled)
+        row_price[row] += travelled
+        row_price[owner[passed]] += travelled - distance[passed]
+        column_price[passed] += distance[passed] - travelled
+        while column >= 0:  # everyone on the path moves on by one
+            previous = before[column]
+            owner[column] = row if previous < 0 else owner[previous]
+            column = previous
+    columns = np.full(n, -1)
+    columns[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
+    return columns
+
+
 def learning_rate(step, steps, warmup_steps, peak):
     """Linear warm-up, then half a cosine down to zero."""
     if step < warmup_steps:
