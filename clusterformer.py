@@ -185,8 +185,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
             centers, q = centers.to(dtype), self.q.to(dtype)
             tau = self.log_temperature.to(dtype).exp().clamp(max=50.0).view(-1, 1, 1, 1)  # at 50 a softmax is an argmax
             for _ in range(self.iterations):
-                queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)
-                queries = tau * F.normalize(queries, dim=-1)  # (h, B, K, d)
+                queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)  # (h, B, K, d)
+                queries = tau * F.normalize(queries, dim=-1)
                 similarity = keys @ queries.transpose(-2, -1)  # (h, B, N, K): K last, where the softmax is one pass
                 if center_mask is not None:
                     similarity = similarity.masked_fill(~center_mask[:, None], -torch.inf)

@@ -168,21 +168,21 @@ class Shapes(Dataset):
         return self.length
 
     def scene(self, epoch, index):
-        """Image, uint8 (3, size, size); what it shows: list of (class, mask, bool (size, size)); the class for cls."""
+        """Image, uint8 (3, size, size); what it shows, a list of (class, mask: bool (size, size)); the label, for cls."""
         train = self.split == "train"
         if self.task == "cls":
             rng = np.random.default_rng((0, self.seed, epoch, index) if train else (1, index))
             things, label = dominant_thing(rng)
-        else:
-            rng = np.random.default_rng((2, self.seed, epoch, index) if train else (3, index))
-            things, label = scattered_things(rng), None
+            return draw_scene(rng, self.size, things)[0], [], label
+        rng = np.random.default_rng((2, self.seed, epoch, index) if train else (3, index))
+        things = scattered_things(rng)
         image, segments = draw_scene(rng, self.size, things)
         shown = [(category, segments == i) for i, (category, *_) in enumerate(things)]
         if self.task == "sem":  # one mask a class
             shown = [(c, np.any([mask for k, mask in shown if k == c], 0)) for c in sorted({c for c, _ in shown})]
         if self.task in ("sem", "pan"):
             shown += [(len(THINGS) + s, segments == -1 - s) for s in range(len(STUFF))]
-        return image, [(category, mask) for category, mask in shown if mask.sum() >= VISIBLE], label
+        return image, [(category, mask) for category, mask in shown if mask.sum() >= VISIBLE], None
 
     def __getitem__(self, key):
         """key: (epoch, index).  Returns the image, float32 (3, size, size) in [0, 1], and for cls its label, an int.
@@ -221,12 +221,14 @@ class Shapes(Dataset):
         return coco
 
     def label_map(self, index):
+        """Classes of the pixels of a scene, int64 (size, size), -1 where not annotated."""
         labels = torch.full((self.size, self.size), -1)
         for category, mask in self.scene(0, index)[1]:
             labels[torch.from_numpy(mask)] = category
         return labels
 
     def segments(self, index):
+        """Ids of the segments of a scene, int64 (size, size), 0 where void, and a dictionary for each segment."""
         ids, table = torch.zeros(self.size, self.size, dtype=torch.int64), []
         for number, (category, mask) in enumerate(self.scene(0, index)[1], 1):
             ids[torch.from_numpy(mask)] = number
