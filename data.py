@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import sys
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pycocotools.coco import COCO
 from torch.utils.data import Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
@@ -152,6 +154,15 @@ def scattered_things(rng):
 VISIBLE = 20  # pixels that must be seen of a thing, or of a kind of stuff, for it to be annotated
 
 
+def indexed(content):
+    """The content of an instances file -> pycocotools' COCO object."""
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
 class Shapes(Dataset):
     """Scenes drawn from (seed, epoch, index); validation scenes do not depend on the seed, nor on the epoch.
 
@@ -213,12 +224,8 @@ class Shapes(Dataset):
                     dict(id=len(annotations) + 1, image_id=index, category_id=self.categories[category], iscrowd=0)
                     | dict(bbox=mask_utils.toBbox(rle).tolist(), area=int(mask.sum()), segmentation=rle)
                 )
-        coco = COCO()
-        coco.dataset = dict(images=images, annotations=annotations)
-        coco.dataset["categories"] = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+        categories = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
+        return indexed(dict(images=images, annotations=annotations, categories=categories))
 
     def label_map(self, index):
         """Classes of the pixels of a scene, int64 (size, size), -1 where not annotated."""
@@ -247,18 +254,25 @@ def seeded(*numbers):
         yield
 
 
-def load_image(path):
-    """The image as PIL RGB, upright: grey, palette, CMYK, 16-bit and EXIF-rotated files included."""
+@contextlib.contextmanager
+def opened(path):
+    """A PIL image; whatever PIL raises for files that are no images, or half of one, becomes an InputError."""
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies the pixels of every image
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255 instead of scaling
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files that are no images, or half of one
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def load_image(path):
+    """The image as PIL RGB, upright: grey, palette, CMYK, 16-bit and EXIF-rotated files included."""
+    with opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies the pixels of every image
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
 
 
 def train_transform(size, randaugment, erasing):
@@ -357,6 +371,47 @@ def box_tensor(boxes, size):
     return tv_tensors.BoundingBoxes(torch.tensor(boxes).float().view(-1, 4), format="XYXY", canvas_size=size)
 
 
+class Rescale(v2.Transform):
+    """Resizes an image, and what is in it, by one factor: the largest with sides of at most `short` and `long` pixels,
+    times a number drawn from low to high.
+
+    Only a side that would have less than 32 pixels gets those 32, the least that the model takes: for a panorama to be
+    stretched is better than to be refused, and boxes in fractions of the image stay right.
+    """
+
+    def __init__(self, short, long, low=1.0, high=1.0):
+        super().__init__()
+        self.short, self.long, self.low, self.high = short, long, low, high
+
+    def make_params(self, flat_inputs):
+        sides = functional.get_size(flat_inputs[0])
+        factor = min(self.short / min(sides), self.long / max(sides))
+        factor *= self.low + (self.high - self.low) * torch.rand(()).item()
+        return dict(size=[max(32, round(factor * side)) for side in sides])
+
+    def transform(self, value, params):
+        return functional.resize(value, params["size"])  # of masks, the nearest pixel; of images, with antialiasing
+
+
+def dense_train_transform(task, size):
+    """Augmentation of an image and what is in it, of any size; training_sample then crops it to `size`.
+
+    det, inst, pan: COCO's large-scale jitter, 0.1 to 2 times what fits into size x size.
+    sem: ADE20K's, a short side of 0.5 to 2 times `size`, and changed light and colours.
+    """
+    if task != "sem":
+        return v2.Compose([Rescale(size, size, 0.1, 2.0), v2.RandomHorizontalFlip()])
+    # Colours come first, while the image is small.  Not RandomPhotometricDistort: it also swaps red for blue, and sky
+    # is told from sand by that.
+    colours = v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
+    return v2.Compose([colours, Rescale(size, 4 * size, 0.5, 2.0), v2.RandomHorizontalFlip()])
+
+
+def dense_eval_transform(size, max_size):
+    """The whole image, its short side `size` unless its long one would be more than `max_size`."""
+    return Rescale(size, max_size)
+
+
 def training_sample(image, labels, boxes, masks, transform, crop):
     """Augments an image and what is in it.
 
@@ -369,14 +424,14 @@ def training_sample(image, labels, boxes, masks, transform, crop):
     if boxes is not None:
         parts["boxes"] = boxes
     if masks is not None:
-        parts["masks"] = tv_tensors.Mask(masks)
+        parts["masks"] = tv_tensors.Mask(masks.view(torch.uint8))  # bool is resized by way of float, nine times slower
     image, parts = transform(image, parts)
     height, width = image.shape[-2:]
     h, w = min(crop, height), min(crop, width)
     corner = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
     image = functional.crop(image, *corner, h, w)
     cropped = {k: functional.crop(v, *corner, h, w) if k != "labels" else v for k, v in parts.items()}
-    masks = cropped["masks"].as_subclass(torch.Tensor) if masks is not None else None
+    masks = cropped["masks"].as_subclass(torch.Tensor).view(torch.bool) if masks is not None else None
     boxes = cropped["boxes"].as_subclass(torch.Tensor) if boxes is not None else None
     return as_pixels(image), target_of(cropped["labels"], boxes, masks, (h, w))
 
@@ -399,6 +454,61 @@ def target_of(labels, boxes, masks, size):
     return target if masks is None else target | dict(masks=masks[whole])
 
 
+def clip_box(bbox, size, where):
+    """COCO's [left, top, width, height] -> [left, top, right, bottom] inside of size (H, W); None if nothing is left."""
+    try:
+        left, top, width, height = map(float, bbox)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} has bbox {bbox}, which is not four numbers") from error
+    box = [max(left, 0), max(top, 0), min(left + width, size[1]), min(top + height, size[0])]
+    return box if box[2] > box[0] and box[3] > box[1] else None  # None for NaN, too: it is not greater than anything
+
+
+def check_mask(mask, size, where):
+    """COCO's segmentation as decode_mask takes it, empty if it has no inside.  To decode a million here takes minutes."""
+    if not mask:
+        raise InputError(f"{where} has no mask; --task det needs none")
+    if isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
+        return [polygon for polygon in mask if len(polygon) >= 6]  # pycocotools takes four numbers for a box
+    runs = mask.get("counts") if isinstance(mask, dict) and mask.get("size") == list(size) else None
+    whole = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
+    # pycocotools takes runs that end too early, and leaves in the rest whatever was in memory.
+    if isinstance(runs, str) or whole and sum(runs) == math.prod(size):
+        return mask
+    raise InputError(f"{where} has a mask that is neither polygons nor run lengths of size {list(size)}")
+
+
+def decode_mask(mask, size):
+    """A mask in any of COCO's three forms (polygons, RLE as numbers, RLE as text) -> uint8 (H, W)."""
+    if isinstance(mask, list):
+        if not all(np.abs(polygon).max() < 1e5 for polygon in mask):  # NaN, or what would be drawn in gigabytes
+            raise ValueError("its polygons leave the plane")
+        mask = mask_utils.merge(mask_utils.frPyObjects(mask, *size))
+    elif isinstance(mask["counts"], list):
+        mask = mask_utils.frPyObjects(mask, *size)
+    mask = mask_utils.decode(mask)
+    if mask.max() > 1:
+        raise ValueError("its run lengths end too early")
+    return mask
+
+
+# What is used of the entries in COCO's files, and its kind; nothing else of them has to be there.
+COCO_ENTRIES = {
+    "images": dict(id=(int, str), file_name=str, width=int, height=int),
+    "categories": dict(id=(int, str), name=str),
+    "instances": dict(image_id=(int, str), category_id=(int, str), bbox=list),
+    "panoptic": dict(image_id=(int, str), file_name=str, segments_info=list),
+    "segments_info": dict(id=int, category_id=(int, str)),
+}
+
+
+def check_entry(kind, entry, where):
+    keys = COCO_ENTRIES[kind].items()
+    wrong = [key for key, types in keys if not isinstance(entry, dict) or not isinstance(entry.get(key), types)]
+    if wrong:
+        raise InputError(f"{where} has no usable {', '.join(wrong)}")
+
+
 class Coco(Dataset):
     """COCO 2017's layout with any categories, any numbers: DIR/{train,val}2017/*.jpg and
 
@@ -406,15 +516,18 @@ class Coco(Dataset):
     pan         DIR/annotations/panoptic_{train,val}2017.json: every pixel's segment, things and stuff, with the PNGs in
                 the folder panoptic_{train,val}2017 beside it or in DIR
 
-    Crowds are not trained on.  Boxes are clipped to their image; `dropped` of them had nothing left.
+    Crowds are not trained on.  Boxes are clipped to their image; `dropped` objects had no area left.
     Raises InputError, a line that names file and entry, where files do not belong together.
     """
 
     def __init__(self, root, split, task, transform, crop=None, seed=0, classes=None):
         self.task, self.transform, self.crop, self.seed = task, transform, crop, seed
-        kind = "panoptic" if task == "pan" else "instances"
+        self.kind = "panoptic" if task == "pan" else "instances"
         self.folder = os.path.join(root, f"{split}2017")
-        self.path = os.path.join(root, "annotations", f"{kind}_{split}2017.json")
+        self.path = os.path.join(root, "annotations", f"{self.kind}_{split}2017.json")
+        instances = os.path.join(root, "annotations", f"instances_{split}2017.json")
+        if task == "pan" and os.path.exists(instances) and not os.path.exists(self.path):
+            raise InputError(f"{self.path}: not there, only {instances}, which --task det and --task inst read")
         for path in (root, self.folder, self.path):
             if not os.path.exists(path):
                 raise InputError(f"{path}: not there; --data takes DIR with DIR/{split}2017/ and DIR/annotations/")
@@ -432,53 +545,70 @@ class Coco(Dataset):
             raise InputError(f"{self.path}: its {len(self.classes)} categories are not the model's {len(classes)}")
         position = {number: i for i, number in enumerate(self.categories)}
         images = sorted(content["images"], key=lambda image: image["id"])
-        entries, files, self.dropped = {image["id"]: [] for image in images}, set(os.listdir(self.folder)), 0
-        for image in images:
-            if image["file_name"] not in files:
-                raise InputError(f"{self.path}: image {image['id']}, {image['file_name']}, is not in {self.folder}")
         sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-        for entry in content["annotations"]:
-            where = f"{self.path}: annotation {entry.get('id', entry.get('file_name'))}"
+        entries, self.dropped = {number: [] for number in sizes}, 0
+        if len(sizes) < len(images) or len(position) < len(categories):
+            raise InputError(f"{self.path}: two images, or two categories, have the same id")
+        self.check_files(images, "id", self.folder)
+        if task == "pan":
+            self.check_files(content["annotations"], "image_id", self.maps)
+        for number, entry in enumerate(content["annotations"]):
+            where = f"{self.path}: annotation {entry.get('id', entry.get('file_name', number))}"
             if entry["image_id"] not in entries:
                 raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images")
-            parts = entry["segments_info"] if task == "pan" else [entry]
-            for part in parts:
+            for part in entry["segments_info"] if task == "pan" else [entry]:
                 if part["category_id"] not in position:
                     raise InputError(f"{where} has category {part['category_id']}, which is not in its table")
             if task == "pan":
                 entries[entry["image_id"]] = entry
+                continue
+            size = sizes[entry["image_id"]]
+            box = clip_box(entry["bbox"], size, where)
+            mask = check_mask(entry.get("segmentation"), size, where) if box and task == "inst" else None
+            if box is None or mask == []:
+                self.dropped += 1
             elif not entry.get("iscrowd", 0):
-                left, top, width, height = entry["bbox"]
-                h, w = sizes[entry["image_id"]]
-                box = [max(left, 0), max(top, 0), min(left + width, w), min(top + height, h)]
-                if box[2] - box[0] > 0 and box[3] - box[1] > 0:  # also false for NaN
-                    label = position[entry["category_id"]]
-                    mask = entry.get("segmentation") if task == "inst" else None
-                    if task == "inst" and not mask:
-                        raise InputError(f"{where} has no mask; --task det needs none")
-                    entries[entry["image_id"]].append((label, box, mask))
-                else:
-                    self.dropped += 1
-        if not any(entries.values()):
+                entries[entry["image_id"]].append((position[entry["category_id"]], box, mask))
+        if not any(entry["segments_info"] if task == "pan" else entry for entry in entries.values() if entry):
             raise InputError(f"{self.path}: no usable annotation in it")
         self.images = Packed([(image["file_name"], image["id"], sizes[image["id"]]) for image in images])
         self.entries = Packed([entries[image["id"]] for image in images])
 
     def read(self):
+        """The content of the annotation file, with everything in it that COCO_ENTRIES names."""
         try:
             with open(self.path) as file:
                 content = json.load(file)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: not a readable JSON file ({error})") from error
-        missing = [key for key in ("images", "annotations", "categories") if key not in content]
+        tables = dict(images="images", categories="categories", annotations=self.kind)
+        missing = [table for table in tables if not isinstance(content, dict) or not isinstance(content.get(table), list)]
         if missing:
             raise InputError(f"{self.path}: not in COCO's format, it has no {', '.join(missing)}")
+        for table, kind in tables.items():
+            for number, entry in enumerate(content[table]):
+                check_entry(kind, entry, f"{self.path}: {table}[{number}]")
+                for part in entry["segments_info"] if kind == "panoptic" else []:
+                    check_entry("segments_info", part, f"{self.path}: a segment of {table}[{number}]")
         return content
 
+    def check_files(self, entries, number, folder):
+        there = set(os.listdir(folder))  # one listing: on a network drive, to ask for each of 118,000 takes minutes
+        for entry in entries:
+            name = entry["file_name"]
+            if name not in there and not os.path.exists(os.path.join(folder, name)):  # in a folder of it
+                raise InputError(f"{self.path}: image {entry[number]}, {name}, is not in {folder}")
+
     def coco(self):
-        """Everything in the annotation file, crowds too, as pycocotools' evaluation takes it."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            return COCO(self.path)
+        """The annotation file, crowds too, as pycocotools' evaluation takes it; what has no area nobody can find."""
+        content = self.read()
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        content["annotations"] = [e for e in content["annotations"] if clip_box(e["bbox"], sizes[e["image_id"]], self.path)]
+        for number, entry in enumerate(content["annotations"], 1):
+            entry["id"] = number  # for pycocotools, to be matched with annotation 0 is to be matched with none
+            entry.setdefault("iscrowd", 0)  # users' own files often lack these two
+            entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+        return indexed(content)
 
     def segments(self, index):
         """The panoptic map of an image: ids, int64 (H, W), 0 where void, and a dictionary for each segment."""
@@ -502,7 +632,7 @@ class Coco(Dataset):
     def __getitem__(self, key):
         """key: (epoch, index).  See above."""
         epoch, index = key
-        name, _, size = self.images[index]
+        name, number, size = self.images[index]
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(os.path.join(self.folder, name))))
         if tuple(image.shape[-2:]) != size:
             found = f"{image.shape[2]} x {image.shape[1]}"
@@ -521,18 +651,12 @@ class Coco(Dataset):
             if self.task == "inst":
                 masks = torch.zeros(len(shapes), *size, dtype=torch.bool)
                 for mask, shape in zip(masks, shapes):
-                    mask[:] = torch.from_numpy(decode_mask(shape, size)) > 0
+                    try:
+                        mask[:] = torch.from_numpy(decode_mask(shape, size)) > 0
+                    except Exception as error:  # pycocotools raises just that
+                        raise InputError(f"{self.path}: a mask of image {number}, {name}, is broken ({error})") from error
         with seeded(self.seed, epoch, index):
             return training_sample(image, labels, boxes, masks, self.transform, self.crop)
-
-
-def decode_mask(segmentation, size):
-    """A mask in any of COCO's three forms (polygons, RLE as numbers, RLE as text) -> uint8 (H, W)."""
-    if isinstance(segmentation, list):
-        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = mask_utils.frPyObjects(segmentation, *size)
-    return mask_utils.decode(segmentation)
 
 
 class Ade(Dataset):
@@ -549,7 +673,7 @@ class Ade(Dataset):
         for folder in (root, self.folder, self.maps):
             if not os.path.isdir(folder):
                 raise InputError(f"{folder}: no such folder; --data takes DIR with DIR/images/ and DIR/annotations/")
-        stems = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(self.folder))}
+        stems = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(self.folder)) if is_image_file(name)}
         maps = set(os.listdir(self.maps))
         missing = [name for stem, name in stems.items() if stem + ".png" not in maps]
         if missing or not stems:
@@ -564,16 +688,23 @@ class Ade(Dataset):
                 self.classes = [line.rstrip("\n").split("\t")[-1].split(",")[0] for line in file][1:]
         else:
             maps = tqdm(range(len(self)), f"no {table}: counting classes", disable=None)
-            self.classes = [str(i + 1) for i in range(max(int(self.read_map(index)[1].max()) for index in maps))]
+            self.classes = [str(i + 1) for i in range(max(map(self.highest, maps)))]
+        if not any(map(self.highest, range(len(self)))):  # unless something is wrong, this looks at one map
+            raise InputError(f"{self.maps}: not one labelled pixel in it")
+        if not self.classes:
+            raise InputError(f"{table}: no classes in it")
         self.things, self.categories = [False] * len(self.classes), list(range(1, len(self.classes) + 1))
 
     def read_map(self, index):
         path = os.path.join(self.maps, os.path.splitext(os.fsdecode(self.names[index]))[0] + ".png")
-        try:
-            with Image.open(path) as image:
-                return path, torch.from_numpy(np.asarray(image).astype(np.int64))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        with opened(path) as image:
+            return path, torch.from_numpy(np.asarray(image).astype(np.int64))
+
+    def highest(self, index):
+        """The largest label of a map; 0 if it cannot be read, which is told when its turn comes."""
+        with contextlib.suppress(InputError):
+            return int(self.read_map(index)[1].max())
+        return 0
 
     def label_map(self, index):
         """Classes of the pixels of an image, int64 (H, W), -1 where unlabelled."""
@@ -592,12 +723,12 @@ class Ade(Dataset):
         path = os.path.join(self.folder, os.fsdecode(self.names[index]))
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(path)))
         size = tuple(image.shape[-2:])
-        if self.crop is None:
-            return as_pixels(self.transform(image)), dict(index=index, size=size)
         labels = self.label_map(index)
         if tuple(labels.shape) != size:
             found = f"{labels.shape[1]} x {labels.shape[0]}"
             raise InputError(f"{path}: {size[1]} x {size[0]} pixels, its label map has {found}")
+        if self.crop is None:
+            return as_pixels(self.transform(image)), dict(index=index, size=size)
         present = labels.unique()
         present = present[present >= 0]
         with seeded(self.seed, epoch, index):
@@ -608,6 +739,36 @@ class Ade(Dataset):
 # ---------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------
+class SkipBroken(Dataset):
+    """A training set that gives the next sample instead of one that cannot be read: a run of days goes on.
+
+    A line on stderr says which file it was, and why, once.  The substitute is the same for any number of processes.
+    broken: bool (n,), the samples met so far that were; it lies in memory that this process and its workers share.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        """key: (epoch, index).  Raises InputError once more than 1 % are broken (but ten may be, if that is not all)."""
+        epoch, index = key
+        while True:
+            try:
+                return self.dataset[epoch, index]
+            except InputError as error:
+                if not self.broken[index]:
+                    print(f"skipped: {error}", file=sys.stderr)
+                self.broken[index] = True
+                count, length = int(self.broken.sum()), len(self)
+                if count > min(max(10, length // 100), length - 1):
+                    raise InputError(f"{count} of {length} training images are broken, the last: {error}") from error
+                index = (index + 1) % length
+
+
 class GlobalBatches(Sampler):
     """For one process, the (epoch, index) keys of its part of every global batch, step after step.
 
@@ -647,6 +808,11 @@ class GlobalBatches(Sampler):
                 start = chunk * self.chunk
                 first = [batch[start - 1]] if self.neighbour else []  # -1: the batch is a ring, as in mix
                 yield [(epoch, index) for index in first + batch[start : start + self.chunk]]
+
+
+def collate(samples):
+    """A batch of a dense data set: a list of images, which have sizes of their own, and a list of targets."""
+    return [list(part) for part in zip(*samples)]
 
 
 def mix(images, labels, num_classes, mixup, cutmix, seed, step):
