@@ -3,14 +3,21 @@
 
     python eval.py --checkpoint runs/cls/last.pt                                    on the data it was trained for
     python eval.py --checkpoint runs/cls/last.pt --data IMAGENET_DIR                on another folder's val/
-    torchrun --nproc_per_node=8 eval.py --checkpoint runs/cls/last.pt               on eight devices, the same figures
+    python eval.py --checkpoint runs/inst/last.pt --per-class --save-predictions inst.json
+    torchrun --nproc_per_node=8 eval.py --checkpoint runs/inst/last.pt              on eight devices, the same figures
     python eval.py --benchmark --variant tiny --image-size 224 --batch-size 8       beside torchvision's Swin and ConvNeXt
+    python eval.py --benchmark --task inst --image-size 800 1333 --batch-size 1
 
-Top-1 and top-5 are exact for any number of processes: process r takes images r, r + n, r + 2n, ..., no image is
-counted twice to fill a batch, and only whole numbers are summed over the processes.
+cls: top-1 and top-5.  det, inst: COCO's twelve figures, by pycocotools.  sem: mIoU, pixel accuracy.  pan: PQ, SQ, RQ.
+
+All are exact for any number of processes: process r takes images r, r + n, r + 2n, ..., no image is counted twice to
+fill a batch, and what the processes found is put back in the order of the images before anything is ranked or summed.
 """
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,16 +27,22 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import box_convert, masks_to_boxes
 from tqdm import tqdm
 
 from clusterformer import VARIANTS, ClusterFormer, load_checkpoint
-from data import Folder, InputError, Shapes, eval_transform, train_transform
+from data import Ade, Coco, Folder, InputError, Shapes, collate, dense_eval_transform, eval_transform, train_transform
 
 
 def start_processes():
@@ -58,42 +71,61 @@ def default_workers():
     return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
 
 
-def validation_set(data, image_size, classes=None):
-    """The held-out images of a data set: `data` is None for shapes, or a folder that holds val/."""
-    if data is None:
-        return Shapes(2000, image_size, seed=0, split="val")
-    return Folder(data, "val", eval_transform(image_size), classes=classes)
+def validation_set(data, image_size, task="cls", classes=None):
+    """The held-out images of a data set: `data` is None for shapes, or a folder in the task's layout.
 
-
-def evaluate(model, dataset, device, batch_size=128, workers=0):
-    """Top-1 and top-5 accuracy, fractions of 1, of a classifier over a data set, on all processes together.
-
-    model: ClusterFormer itself, not wrapped (processes may have different numbers of batches).
-    Returns {"top1": float, "top5": float, "images": int}, the same on every process.
+    image_size: pixels a side of shapes and of cls; in files of the other tasks, of the short side.  In COCO's the long one
+    has 1333 for every 800 of it at most, as is usual.
     """
-    distributed = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    keys = [(0, index) for index in range(rank, len(dataset), world_size)]
-    loader = DataLoader(dataset, batch_size, sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at first guess, within five, seen
-    training = model.training
-    model.eval()
-    for images, labels in tqdm(loader, "evaluate", leave=False, disable=True if rank else None):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(images)["logits"]
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
-    model.train(training)
-    if distributed:
-        dist.all_reduce(counts)
-    top1, top5, seen = counts.tolist()
-    return {"top1": top1 / seen, "top5": top5 / seen, "images": seen}
+    if data is None:
+        return Shapes(2000 if task == "cls" else 500, image_size, seed=0, split="val", task=task)
+    if task == "cls":
+        return Folder(data, "val", eval_transform(image_size), classes=classes)
+    if task == "sem":
+        return Ade(data, "val", dense_eval_transform(image_size, math.inf), classes=classes)
+    return Coco(data, "val", task, dense_eval_transform(image_size, image_size * 1333 / 800), classes=classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Figures of the dense tasks; those of boxes and masks are pycocotools'
+# Figures of the dense tasks
 # ---------------------------------------------------------------------------------------------------------------
+COCO_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+def coco_results(prediction, image_id, categories):
+    """A prediction of det or inst in COCO's result format, a list of dictionaries.
+
+    Boxes are rounded as COCO's own are.  Masks become run lengths at once: as pixels, a hundred of them are 30 MB.
+    """
+    boxes = box_convert(prediction["boxes"], "xyxy", "xywh").tolist()
+    results = [
+        dict(image_id=image_id, category_id=categories[label], bbox=[round(x, 2) for x in box], score=score)
+        for label, box, score in zip(prediction["labels"].tolist(), boxes, prediction["scores"].tolist())
+    ]
+    if "masks" in prediction:
+        masks = prediction["masks"].mT.contiguous().byte().cpu().numpy().T  # (H, W, n), column by column, as runs are
+        for result, rle in zip(results, mask_utils.encode(masks)):
+            result["segmentation"] = dict(size=rle["size"], counts=rle["counts"].decode())
+    return results
+
+
+def coco_figures(truth, results, kind):
+    """COCO's twelve figures, nan where there is nothing to find, and a list of the AP of each class.
+
+    truth: COCO object.  results: list of dictionaries as above.  kind: "bbox" or "segmentation", what is compared.
+    """
+    # loadRes writes into what it gets, takes no empty list, and judges the size of a mask by a box if there is one.
+    results = [{key: result[key] for key in ("image_id", "category_id", "score", kind)} for result in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCOeval(truth, truth.loadRes(results) if results else COCO(), kind.replace("segmentation", "segm"))
+        coco.evaluate()
+        coco.accumulate()
+        coco.summarize()
+    figures = {name: value if value >= 0 else math.nan for name, value in zip(COCO_FIGURES, coco.stats.tolist())}
+    precision = torch.from_numpy(coco.eval["precision"][..., 0, -1])  # (IoU thresholds, recalls, classes)
+    return figures, precision.where(precision >= 0, math.nan).nanmean((0, 1)).tolist()
+
+
 def panoptic_counts(predicted, segments, truth, entries, category_class, num_classes):
     """What one image adds to panoptic quality (Kirillov et al., 2019), per class.
 
@@ -156,14 +188,213 @@ def semantic_figures(confusion):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------
+METRIC = dict(cls="top1", det="AP", inst="mask_AP", sem="miou", pan="PQ")  # the figure by which the best is chosen
+PAPER = dict(cls=0.8341, det=0.542, inst=0.470, sem=0.524, pan=0.558)  # that figure of the paper's Small
+PAPER_CLASSES = dict(cls=1000, det=80, inst=80, sem=150, pan=133)  # in ImageNet-1K, COCO, COCO, ADE20K, COCO panoptic
+
+
+def print_table(rows):
+    """rows: lists of strings, the first one titles."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for cells in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
+def describe(metrics, task):
+    """The figures of evaluate() that matter most, in a line."""
+    line = dict(
+        cls="top-1 {top1:.2%}, top-5 {top5:.2%}",
+        det="box AP {AP:.3f}, AP50 {AP50:.3f}, AP75 {AP75:.3f}",
+        inst="box AP {box_AP:.3f}, AP50 {box_AP50:.3f}; mask AP {mask_AP:.3f}, AP50 {mask_AP50:.3f}",
+        sem="mIoU {miou:.3f}, pixel accuracy {pixel_accuracy:.3f}",
+        pan="PQ {PQ:.3f} (things {PQ_th:.3f}, stuff {PQ_st:.3f}), SQ {SQ:.3f}, RQ {RQ:.3f}",
+    )
+    return line[task].format(**metrics)
+
+
+def print_metrics(metrics, task, compare):
+    """What evaluate() found, for people.  compare: with the paper's."""
+    theirs = "{:.2%}" if task == "cls" else "{:.3f}"
+    paper = f" (the paper's Small: {theirs.format(PAPER[task])})" if compare else ""
+    print(f"{describe(metrics, task)} of {metrics['images']} images{paper}")
+    if task in ("det", "inst"):
+        kinds = {"box": ""} if task == "det" else {"box": "box_", "mask": "mask_"}
+        rows = [[kind, *(f"{metrics[prefix + name]:.3f}" for name in COCO_FIGURES)] for kind, prefix in kinds.items()]
+        print_table([["", *COCO_FIGURES], *rows])
+    if "per_class" in metrics:
+        rows = metrics["per_class"]
+        print_table([list(rows[0]), *([x if isinstance(x, str) else f"{x:.3f}" for x in row.values()] for row in rows)])
+
+
+def identity(dataset, index):
+    """Name, without suffix, and number of an image in the files of its data set; a scene of shapes has its index."""
+    if isinstance(dataset, Coco):
+        name, number, _ = dataset.images[index]
+    elif isinstance(dataset, Ade):
+        name, number = os.fsdecode(dataset.names[index]), index
+    else:
+        name, number = str(index), index
+    return os.path.splitext(name)[0].replace("/", "_"), number  # with folders in it, it could lead out of where it is saved
+
+
+def save_panoptic(prediction, name, image_id, categories, folder):
+    """Writes a panoptic map, id = R + 256 G + 256^2 B, to folder/name.png.  Returns its entry of COCO's JSON."""
+    ids, segments = prediction["panoptic"], []
+    rgb = torch.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1)  # (H, W, 3)
+    Image.fromarray(rgb.byte().cpu().numpy()).save(os.path.join(folder, name + ".png"))
+    for segment in prediction["segments"]:
+        mask = ids == segment["id"]
+        if mask.any():  # COCO's evaluation refuses a segment without pixels
+            left, top, right, bottom = masks_to_boxes(mask[None])[0].int().tolist()
+            entry = dict(id=segment["id"], category_id=categories[segment["label"]], iscrowd=0)
+            segments.append(entry | dict(area=int(mask.sum()), bbox=[left, top, right - left + 1, bottom - top + 1]))
+    return dict(image_id=image_id, file_name=name + ".png", segments_info=segments)
+
+
+def accuracy(model, batches, device):
+    """evaluate()'s figures of a classifier.  batches: of this process."""
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at first guess, within five, seen
+    training = model.training
+    model.eval()
+    for images, labels in batches:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(images)["logits"]
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    top1, top5, seen = counts.tolist()
+    return {"top1": top1 / seen, "top5": top5 / seen, "images": seen}
+
+
+def judge(dataset, task, index, prediction, folder):
+    """Compares the prediction for an image with the truth.  Returns what has to be kept of it, a few kilobytes.
+
+    det, inst: COCO results.  sem: confusion, sparse, since an image has few classes.  pan: counts, and, if its PNG is to be
+    left in `folder`, the entry of the JSON.
+    """
+    name, number = identity(dataset, index)
+    classes, categories = dataset.classes, dataset.categories
+    if task == "sem":
+        labels = prediction["semantic"]
+        truth = dataset.label_map(index).to(labels.device)
+        if folder:
+            pixels = (labels + 1).cpu().numpy().astype(np.uint8 if len(classes) < 256 else np.uint16)
+            Image.fromarray(pixels).save(os.path.join(folder, name + ".png"))
+        return confusion_counts(labels, truth, len(classes)).cpu().to_sparse()
+    if task == "pan":
+        truth, entries = dataset.segments(index)
+        ids, label_of = prediction["panoptic"], {category: label for label, category in enumerate(categories)}
+        counts = panoptic_counts(ids, prediction["segments"], truth.to(ids.device), entries, label_of, len(classes))
+        return counts, save_panoptic(prediction, name, number, categories, folder) if folder else None
+    return coco_results(prediction, number, categories)
+
+
+def dense_figures(dataset, task, kept):
+    """evaluate()'s figures from what was kept of all images, in their order; for the eye, figures of each class.
+
+    Returns the figures, a dictionary, and the columns of a table, name -> a list of one float a class.
+    """
+    if task == "sem":
+        figures, iou = semantic_figures(sum(confusion.to_dense() for confusion in kept))
+        return figures, dict(IoU=iou.tolist())
+    if task == "pan":
+        counts = sum(counts for counts, _ in kept)  # one after the other: the same to the last bit, whoever counted
+        things, figures = torch.tensor(dataset.things), {}
+        for suffix, chosen in (("", torch.ones_like(things)), ("_th", things), ("_st", ~things)):
+            figures |= zip([name + suffix for name in ("PQ", "SQ", "RQ")], panoptic_quality(counts, chosen))
+        each = torch.eye(len(things), dtype=torch.bool)
+        return figures, dict(zip(("PQ", "SQ", "RQ"), zip(*(panoptic_quality(counts, one) for one in each))))
+    truth, results = dataset.coco(), list(itertools.chain(*kept))
+    boxes, box_ap = coco_figures(truth, results, "bbox")
+    if task == "det":
+        return boxes, dict(AP=box_ap)
+    masks, mask_ap = coco_figures(truth, results, "segmentation")
+    figures = {f"box_{name}": value for name, value in boxes.items()}
+    return figures | {f"mask_{name}": value for name, value in masks.items()}, dict(box_AP=box_ap, mask_AP=mask_ap)
+
+
+def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_class=False):
+    """How well a model does its task on a data set, on all processes together.
+
+    model: ClusterFormer itself, not wrapped (processes may have different numbers of batches).
+    save: where predictions go.  det, inst: a JSON file.  pan: the same, and its PNGs in the folder of that name without
+    ".json".  sem: a folder of PNGs, label + 1 as in ADE20K's.
+    Returns the number of "images" and figures, fractions of 1, nan where the data set has nothing of the kind; the same
+    on every process:
+        cls: top1, top5   sem: miou, pixel_accuracy   pan: PQ, SQ, RQ, and the same of things, PQ_th, and of stuff, PQ_st
+        det: COCO_FIGURES   inst: the same of boxes, box_AP, and of masks, mask_AP
+    per_class: adds "per_class", a list of a dictionary for each class; not for cls.
+    """
+    task, distributed = model.task, dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    keys = [(0, index) for index in range(rank, len(dataset), world_size)]
+    together = None if task == "cls" else collate  # None: one tensor
+    loader = DataLoader(
+        dataset, batch_size, sampler=keys, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=together
+    )
+    bar = tqdm(loader, "evaluate", leave=False, disable=True if rank else None)
+    if task == "cls":
+        return accuracy(model, bar, device)
+    folder = save and {"sem": save, "pan": save.removesuffix(".json")}.get(task)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    kept = {}  # index of an image -> what is kept of it
+    for images, targets in bar:
+        images = [image.to(device, non_blocking=True) for image in images]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            predictions = model.predict(images, [tuple(target["size"]) for target in targets])
+        for target, prediction in zip(targets, predictions):
+            kept[target["index"]] = judge(dataset, task, target["index"], prediction, folder)
+    parts = [kept]
+    if distributed:
+        parts = [None] * world_size if rank == 0 else None
+        dist.gather_object(kept, parts)
+    metrics = [None]
+    if rank == 0:
+        kept = {index: what for part in parts for index, what in part.items()}
+        kept = [kept[index] for index in range(len(dataset))]
+        figures, columns = dense_figures(dataset, task, kept)
+        metrics = [figures | dict(images=len(dataset))]
+        if per_class:
+            rows = zip(dataset.classes, *columns.values())
+            metrics[0]["per_class"] = [dict(zip(("class", *columns), row)) for row in rows]
+        if save and task != "sem":
+            pan = dict(annotations=[entry for _, entry in kept]) if task == "pan" else None
+            with open(save, "w") as file:
+                json.dump(pan or list(itertools.chain(*kept)), file)
+    if distributed:
+        dist.broadcast_object_list(metrics)
+    return metrics[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Speed and memory
 # ---------------------------------------------------------------------------------------------------------------
 PEERS = {"nano": ("swin_t", "convnext_tiny"), "tiny": ("swin_t", "convnext_tiny"), "small": ("swin_s", "convnext_small")}
 
 
 def build(name):
-    """A classifier of 1000 classes with fresh weights: ClusterFormer's variant or torchvision's model of that name."""
-    return ClusterFormer("cls", name) if name in VARIANTS else torchvision.models.get_model(name)
+    """A model with fresh weights: "VARIANT TASK" of ClusterFormer, or torchvision's classifier of that name."""
+    variant, *task = name.split()
+    return ClusterFormer(*task, variant, PAPER_CLASSES[task[0]]) if task else torchvision.models.get_model(name)
+
+
+def usual_targets(model, images):
+    """Labels for cls; for the dense tasks seven rectangles an image, as many objects as COCO has on average."""
+    n, (height, width) = len(images), images.shape[-2:]
+    if getattr(model, "task", "cls") == "cls":
+        return torch.zeros(n, dtype=torch.int64, device=images.device)
+    masks = torch.zeros(7, height, width, dtype=torch.bool, device=images.device)
+    for i, mask in enumerate(masks):
+        mask[i * height // 9 : (i + 3) * height // 9, i * width // 9 : (i + 3) * width // 9] = True
+    boxes = masks_to_boxes(masks) / torch.tensor([width, height] * 2, device=images.device)
+    labels = torch.arange(7, device=images.device)
+    return [dict(labels=labels, boxes=box_convert(boxes, "xyxy", "cxcywh"), masks=masks)] * n
 
 
 def work(model, images, optimizer=None):
@@ -171,10 +402,16 @@ def work(model, images, optimizer=None):
     model.train(optimizer is not None)
     with torch.set_grad_enabled(optimizer is not None):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            logits = model(images)
-        logits = logits["logits"] if isinstance(logits, dict) else logits
+            output = model(images)
         if optimizer:
-            F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64, device=images.device)).backward()
+            targets = usual_targets(model, images)
+            if isinstance(targets, list):
+                from train import dense_losses  # not above: train.py imports this file
+
+                loss = sum(dense_losses(output, targets, model.backbone.strides[0]).values()) / (7 * len(images))
+            else:
+                loss = F.cross_entropy((output["logits"] if isinstance(output, dict) else output).float(), targets)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     if images.is_cuda:
@@ -205,14 +442,16 @@ def peak_memory(name, training, shape, device):
     return peak() - before if on_cpu else torch.cuda.max_memory_allocated()
 
 
-def benchmark(variant, image_size, batch_size, device, compiled=False, rounds=9):
-    """Measures a variant beside its peers of torchvision.  Returns a list of rows, dictionaries; the first peer is 1 x.
+def benchmark(variant, task, image_size, batch_size, device, compiled=False, rounds=9):
+    """Measures a variant, for cls beside its peers of torchvision.  Returns a list of rows, dictionaries; the first is 1 x.
+
+    image_size: (height, width).
 
     The models take turns, round after round, since other work on a machine comes and goes: a ratio is the median over
     the rounds of the ratios within a round.
     """
-    names = (*PEERS[variant], variant)
-    shape = (batch_size, 3, image_size, image_size)
+    names = (*(PEERS[variant] if task == "cls" else ()), f"{variant} {task}")
+    shape = (batch_size, 3, *image_size)
     images = torch.rand(shape, device=device)
     rows, runs, times = [], {}, {}
     for name in names:
@@ -270,9 +509,7 @@ def print_benchmark(rows):
         cells += [f"{row[speed]['images_per_second']:.4g} ({row[speed]['ratio']:.2f}x)" for speed in speeds]
         cells += [f"{own / 2**20:.0f} ({own / peer:.2f}x)" for own, peer in zip(row["memory"], rows[0]["memory"])]
         table.append(cells)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for cells in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+    print_table(table)
 
 
 def main():
@@ -281,14 +518,28 @@ def main():
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help="evaluate DIR/val/<class>/ (default: what the checkpoint was trained on); benchmark loading DIR/train/<class>/",
+        help="evaluate its validation images (default: those of the data that the checkpoint was trained on); "
+        "benchmark loading DIR/train/<class>/",
     )
-    parser.add_argument("--image-size", type=int, help="pixels a side (default: as in training; benchmark: 224)")
-    parser.add_argument("--batch-size", type=int, help="images per step and process (default: 128; benchmark on a CPU: 8)")
+    size = (
+        "pixels a side, dense tasks on files: of the short side (default: as in training); benchmark: a side, or height and "
+        "width (default: 224, dense tasks 512)"
+    )
+    parser.add_argument("--image-size", type=int, nargs="+", help=size)
+    batch_size = "images per step and process (default: cls and benchmark 128, dense tasks and benchmark on a CPU 8)"
+    parser.add_argument("--batch-size", type=int, help=batch_size)
     parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as fractions of 1")
+    parser.add_argument("--per-class", action="store_true", help="also AP, IoU or PQ of each class; not for cls")
+    parser.add_argument(
+        "--save-predictions",
+        metavar="FILE",
+        help="write them in COCO's format: det, inst: to FILE; pan: to FILE.json and PNGs in the folder FILE; "
+        "sem: PNGs of label + 1 to the folder FILE",
+    )
     speed = parser.add_argument_group("speed and memory, of fresh weights")
     speed.add_argument("--benchmark", action="store_true", help="images per second, peak memory, GMACs beside torchvision")
+    speed.add_argument("--task", choices=PAPER_CLASSES, default="cls", help="model to measure (default: cls)")
     speed.add_argument("--variant", choices=VARIANTS, default="tiny", help="size of the model (default: tiny)")
     speed.add_argument("--compile", action="store_true", help="measure compiled models, too; takes minutes to start")
     args = parser.parse_args()
@@ -298,20 +549,24 @@ def main():
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers must be at least 0, got {args.workers}")
-    if args.image_size is not None and args.image_size < 32:
-        raise InputError(f"--image-size must be at least 32, got {args.image_size}")
+    if args.image_size and min(args.image_size) < 32:
+        raise InputError(f"--image-size must be at least 32, got {min(args.image_size)}")
+    if args.image_size and len(args.image_size) > 1 + args.benchmark:
+        raise InputError("--image-size takes one number, with --benchmark two at most")
 
     rank, world_size, device = start_processes()
     if args.benchmark:
         if world_size > 1:
             raise InputError("--benchmark measures one device: start it without torchrun")
-        image_size, batch_size = args.image_size or 224, args.batch_size or (8 if device.type == "cpu" else 128)
+        default = 224 if args.task == "cls" else 512
+        height, width = (args.image_size or [default])[0], (args.image_size or [default])[-1]
+        batch_size = args.batch_size or (128 if device.type == "cuda" else 8) // (1 if args.task == "cls" else 8)
         where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"{batch_size} images of {image_size} x {image_size} on {where}, torch {torch.__version__}")
-        rows = benchmark(args.variant, image_size, batch_size, device, args.compile)
+        print(f"{batch_size} images of {height} x {width} on {where}, torch {torch.__version__}")
+        rows = benchmark(args.variant, args.task, (height, width), batch_size, device, args.compile)
         print_benchmark(rows)
         if args.data:
-            loaded = loading_speed(args.data, image_size)
+            loaded = loading_speed(args.data, height)
             cores = rows[-1]["eager training"]["images_per_second"] / loaded
             print(f"a core loads {loaded:.0f} training images/s from {args.data}; {cores:.2g} of them feed the training step")
         if args.json:
@@ -322,14 +577,24 @@ def main():
         model, checkpoint = load_checkpoint(args.checkpoint)
     except ValueError as error:
         raise InputError(str(error)) from error
-    settings, classes = checkpoint["settings"], checkpoint["classes"]
-    dataset = validation_set(args.data or settings["data"], args.image_size or settings["image_size"], classes)
-    if list(dataset.classes) != list(classes):
+    settings, classes = checkpoint["settings"], list(checkpoint["classes"])
+    task, save = model.task, args.save_predictions
+    if task == "cls" and (save or args.per_class):
+        raise InputError("--save-predictions and --per-class are for the dense tasks; this checkpoint's task is cls")
+    if save and (os.path.isfile(save) if task == "sem" else not save.endswith(".json")):
+        raise InputError(f"--save-predictions {save}: for {task} it takes a {'folder' if task == 'sem' else '.json file'}")
+    if save and not os.path.isdir(os.path.dirname(save) or "."):
+        raise InputError(f"--save-predictions {save}: there is no folder {os.path.dirname(save)}")
+    data = args.data or settings["data"]
+    image_size = args.image_size[0] if args.image_size else settings.get("test_size") or settings["image_size"]
+    dataset = validation_set(data, image_size, task, classes)
+    if list(dataset.classes) != classes:
         raise InputError(f"{args.checkpoint} is trained for {len(classes)} classes that shapes do not have; give --data")
     workers = default_workers() if args.workers is None else args.workers
-    metrics = evaluate(model.to(device), dataset, device, args.batch_size or 128, workers)
+    batch_size = args.batch_size or (128 if task == "cls" else 8)
+    metrics = evaluate(model.to(device), dataset, device, batch_size, workers, save, args.per_class)
     if rank == 0:
-        print(f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%} of {metrics['images']} images")
+        print_metrics(metrics, task, compare=data is not None and len(classes) == PAPER_CLASSES[task])
         if args.json:
             with open(args.json, "w") as file:
                 json.dump(metrics, file, indent=2)
