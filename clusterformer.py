@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VARIANTS = {  # blocks and channels of the four stages
-    "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256)),  # for a CPU, and for small images
-    "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768)),  # as Swin-T
-    "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768)),  # as Swin-S
+VARIANTS = {  # blocks and channels of the four stages; width and layers of the decoder of the dense tasks
+    "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, layers=3),  # for a CPU, and for small images
+    "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, layers=6),  # as Swin-T
+    "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768), dim=256, layers=6),  # as Swin-S
 }
 HEAD_DIM = 64  # channels of one head; a stage of fewer has one head
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
@@ -67,12 +67,7 @@ class Layout(NamedTuple):
     centers: torch.Tensor | None  # (B, kh * kw)  bool, True where there is a center
 
 
-def grid_cells(length):
-    """How many cells a side of `length` tokens can hold, at two tokens a cell: a cluster of one token is none."""
-    return (length + 1) // 2
-
-
-def split_side(lengths, size):
+def split_side(lengths, size, tokens_per_cell=2):
     """Averaging over the cells of a grid along one side, as a matrix.
 
     lengths: (B,) int64, the real length of each image in tokens.  size: length of the map, >= every length.
@@ -80,22 +75,28 @@ def split_side(lengths, size):
     cells an image has.  Cells tile the side as evenly as integers allow and overlap by a token where they must,
     as in torch's adaptive pooling; unlike there, every image of the batch may have its own length.
     """
-    cell = torch.arange(min(GRID, grid_cells(size)), device=lengths.device)[:, None]  # (k, 1)
+    fill = tokens_per_cell - 1
+    cell = torch.arange(min(GRID, (size + fill) // tokens_per_cell), device=lengths.device)[:, None]  # (k, 1)
     position = torch.arange(size, device=lengths.device)  # (size,)
     lengths = lengths[:, None, None]  # (B, 1, 1)
-    cells = grid_cells(lengths).clamp(max=GRID)
+    cells = ((lengths + fill) // tokens_per_cell).clamp(max=GRID)
     start, end = cell * lengths // cells, ((cell + 1) * lengths + cells - 1) // cells  # (B, k, 1)
     real = cell < cells
     inside = (position >= start) & (position < end) & real  # (B, k, size)
     return inside / inside.sum(-1, keepdim=True).clamp(min=1), real[..., 0]
 
 
-def layout_of(height, width, sizes=None, device=None):
-    """Layout of a map of height x width tokens.  sizes: (B, 2) int64, real heights and widths in tokens, or None."""
+def layout_of(height, width, sizes=None, device=None, tokens_per_cell=2):
+    """Layout of a map of height x width tokens.
+
+    sizes: (B, 2) int64, real heights and widths in tokens, or None.
+    tokens_per_cell: of a small map; a large one has its 10 x 10 cells.  A cluster of one token is none: hence 2.
+    """
     masked = sizes is not None
     if not masked:
         sizes = torch.stack([torch.full((1,), height, device=device), torch.full((1,), width, device=device)], 1)
-    (rows, real_rows), (columns, real_columns) = split_side(sizes[:, 0], height), split_side(sizes[:, 1], width)
+    rows, real_rows = split_side(sizes[:, 0], height, tokens_per_cell)
+    columns, real_columns = split_side(sizes[:, 1], width, tokens_per_cell)
     y = (torch.arange(height, device=device) + 0.5) / sizes[:, :1] - 0.5
     x = (torch.arange(width, device=device) + 0.5) / sizes[:, 1:] - 0.5
     if not masked:
@@ -164,13 +165,14 @@ class RecurrentCrossAttentionClustering(nn.Module):
         """x: (B, n, h, d).  weight: (h, d, d).  Returns (h, B, n, d)."""
         return (x.permute(2, 0, 1, 3).flatten(1, 2) @ weight).unflatten(1, x.shape[:2])
 
-    def forward(self, centers, tokens, mask=None, center_mask=None, trace=None):
+    def forward(self, centers, tokens, mask=None, center_mask=None, trace=None, prior=None):
         """Cluster the tokens.
 
         centers: (B, K, D).  tokens: (B, N, D).
         mask: (B, N) bool, True for real tokens, or None if all are; the others weigh nothing.
         center_mask: (B, K) bool, True for real centers, or None if all are; the others get no pixels.
         trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
+        prior: (B, N, K), log of how likely a pixel is a center's whatever it looks like, or None; added to the similarity.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
         keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
@@ -188,6 +190,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
                 queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)  # (h, B, K, d)
                 queries = tau * F.normalize(queries, dim=-1)
                 similarity = keys @ queries.transpose(-2, -1)  # (h, B, N, K): K last, where the softmax is one pass
+                if prior is not None:
+                    similarity = similarity + prior
                 if center_mask is not None:
                     similarity = similarity.masked_fill(~center_mask[:, None], -torch.inf)
                 assignment = similarity.softmax(-1)  # (h, B, N, K)
@@ -349,6 +353,11 @@ class Backbone(nn.Module):
             nn.GELU(),
             nn.Conv2d(channels[0] // 2, channels[0], 3, stride=2, padding=1),
         )
+        # Neighbouring pixels are nearly equal, so that random filters answer to brightness, and a texture is lost in what
+        # is left.  Three of four begin without a mean, and strong: they see contrast.  Shapes' textures are learned in a
+        # third of the steps, as fast as with batch normalisation, which would tie an image to the others of its batch.
+        edges = self.stem[0].weight.data[channels[0] // 8 :]  # a view: (3/4 of the filters, 3, 3, 3)
+        edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = nn.LayerNorm(channels[0])
         rates = torch.linspace(0, drop_path, sum(depths)).tolist()  # deeper blocks are left out more often
@@ -444,55 +453,375 @@ class ClassificationHead(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7. The model
+# 7. Neck and decoder: detection and segmentation begin
 # ---------------------------------------------------------------------------------------------------------------
+class Neck(nn.Module):
+    """Maps of one width D, in which fine maps know what coarse ones see.
+
+        P_s = Linear(norm(I_s)) + upsampled P_2s        from the coarsest map to the finest
+    """
+
+    def __init__(self, channels, dim):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Sequential(nn.LayerNorm(c), nn.Linear(c, dim)) for c in channels)
+
+    def forward(self, maps):
+        """maps: (B, H, W, C) of each stride, fine to coarse.  Returns as many maps (B, H, W, D)."""
+        outputs = []
+        for x, lateral in reversed(list(zip(maps, self.laterals))):
+            x = lateral(x)
+            if outputs:  # token (i, j) lies in the coarse token (i // 2, j // 2)
+                coarse = outputs[-1].repeat_interleave(2, 1).repeat_interleave(2, 2)
+                x = x + coarse[:, : x.shape[1], : x.shape[2]]
+            outputs.append(x)
+        return outputs[::-1]
+
+
+def encode(y, x, waves):
+    """A place in a form that a cosine can compare: sines and cosines of waves over the image.
+
+    y, x: (...) from -0.5 to 0.5.  waves: (D / 2, 2), their directions and frequencies.  Returns (..., D).
+    The product of two such codes depends on the distance of the places alone, and falls with it.
+    """
+    phase = torch.stack([y, x], -1).to(waves) @ waves.T  # (..., D / 2)
+    return torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)
+
+
+def moments(share, layout):
+    """The box that a cluster's pixels fill: mean and spread of their places.
+
+    share: (B or 1, K, N), not negative.  Returns (B or 1, K, 4) float32: centre x, y, width, height in fractions of the
+    image.  Over a side of length s, even density has the variance s^2 / 12; so s = sqrt(12 variance).
+    """
+    share = share.float().unflatten(-1, (layout.y.shape[1], layout.x.shape[1]))  # (B, K, H, W)
+    centre, extent = [], []
+    for density, place in ((share.sum(-2), layout.x), (share.sum(-1), layout.y)):  # (B, K, W) and (B, W); then rows
+        density = density / density.sum(-1, keepdim=True).clamp(min=1e-9)
+        mean = (density * place[:, None]).sum(-1)
+        variance = (density * (place[:, None] - mean[..., None]) ** 2).sum(-1)
+        token = 0.5 + place[:, :1]  # half a token: the first one's middle, seen from the border
+        centre.append(mean + 0.5)
+        extent.append((12 * variance + 4 * token**2).sqrt())  # a token is no point, but a side of its own
+    return torch.stack(centre + extent, -1)
+
+
+def place_prior(boxes, layout):
+    """How likely the pixels of a center are at a place: the log of a Gaussian over its box, -2 at the sides.
+
+    boxes: (B, K, 4) cxcywh in fractions of the image.  Returns (B, N, K).
+    """
+    x, y, width, height = boxes.float().clamp(min=0.01).unsqueeze(-1).unbind(2)  # (B, K, 1) each
+    across = ((layout.x[:, None] + 0.5 - x) / (width / 2)) ** 2  # (B, K, W)
+    down = ((layout.y[:, None] + 0.5 - y) / (height / 2)) ** 2
+    # Beyond -20 it is never, in float32; without the limit the tokens of an empty place would be divided by nothing.
+    return (-2 * (down[..., None] + across[:, :, None])).clamp(min=-20).flatten(2).mT
+
+
+def overlaps(boxes):
+    """IoU of all pairs of an image's boxes, 0 of a box with itself.  boxes: (B, K, 4) cxcywh.  Returns (B, K, K)."""
+    low, high = boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2
+    sides = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
+    shared, area = sides.clamp(min=0).prod(-1), boxes[..., 2:].prod(-1)
+    iou = shared / (area[:, :, None] + area[:, None] - shared).clamp(min=1e-9)
+    return iou * (1 - torch.eye(iou.shape[1], device=iou.device))
+
+
+class DecoderLayer(nn.Module):
+    """Centers look at one map, then at each other.
+
+        C, M = cluster(norm(C), I)         with a prior: the pixels of a center lie where its box says
+        C = C + attention(norm(C))         biased by the overlap of boxes: who else speaks for this object?
+        C = C + FFN(C)
+    """
+
+    def __init__(self, dim, iterations=3):
+        super().__init__()
+        self.norm, self.attention_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.cluster = RecurrentCrossAttentionClustering(dim, max(1, dim // HEAD_DIM), iterations)
+        self.attention = nn.MultiheadAttention(dim, max(1, dim // 32), batch_first=True)
+        # Per head, how much overlap attracts: from not at all to a factor of e^8 for a box of the same place.
+        self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
+        self.ffn = mlp(dim, 4)
+
+    def forward(self, centers, boxes, places, tokens, layout, center_mask=None, trace=None):
+        """centers: (B, K, D).  boxes: (B, K, 4), where they are.  places: (B, K, D), the same encoded.  tokens: (B, H, W, D).
+
+        Returns the centers, and the assignment, (B, h, K, N).
+        """
+        mask = None if layout.tokens is None else layout.tokens.flatten(1)
+        prior = place_prior(boxes, layout)
+        centers, assignment = self.cluster(self.norm(centers), tokens.flatten(1, 2), mask, center_mask, trace, prior)
+        if trace is not None:
+            trace[-1].update(size=tokens.shape[1:3], stage="decoder")
+        x = self.attention_norm(centers)
+        bias = self.overlap[:, None, None] * overlaps(boxes)[:, None]  # (B, heads, K, K)
+        if center_mask is not None:
+            bias = bias.masked_fill(~center_mask[:, None, None], -torch.inf)
+        query = x + places
+        centers = centers + self.attention(query, query, x, attn_mask=bias.flatten(0, 1), need_weights=False)[0]
+        return centers + self.ffn(centers), assignment
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 8. Detection and segmentation: what a center answers
+# ---------------------------------------------------------------------------------------------------------------
+def perceptron(dim, out):
+    """D -> D -> D -> out."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
+
+
+class DetectionHead(nn.Module):
+    """The box of a center: its anchor, corrected in logits, so that it stays in the image."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.correction = perceptron(dim, 4)
+        nn.init.zeros_(self.correction[-1].weight)  # at first, the anchor itself
+        nn.init.zeros_(self.correction[-1].bias)
+
+    def forward(self, centers, anchors):
+        """centers: (B, K, D).  anchors: (B, K, 4) cxcywh in fractions of the image.  Returns boxes of the same kind."""
+        return (anchors.clamp(1e-3, 1 - 1e-3).logit() + self.correction(centers).float()).sigmoid()
+
+
+class SegmentationHead(nn.Module):
+    """The mask of a center: where the pixels' embeddings point its way.
+
+        masks = MLP(C) . P        P: the finest map of the neck, seen once more with its neighbours
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.neighbours = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.mlp = mlp(dim, TOKEN_RATIO)
+        self.pixel = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.center = perceptron(dim, dim)
+
+    def embed(self, x, layout):
+        """Pixel embeddings (B, H, W, D) from the finest map (B, H, W, D); once for all layers."""
+        if layout.tokens is not None:
+            x = x * layout.tokens[..., None]
+        x = x + self.neighbours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.pixel(x + self.mlp(x))
+
+    def forward(self, centers, pixels):
+        """Returns logits (B, K, H, W)."""
+        return torch.einsum("bkd,bhwd->bkhw", self.center(centers), pixels)
+
+
+class Decoder(nn.Module):
+    """100 centers, started from the cells of a grid, and layers that look at strides 32, 16, 8, 32, ... in turn.
+
+    A center answers before the first layer and after each of them, and every answer is trained (deep supervision); where
+    it answers that the object is, the next layer looks for its pixels.
+    """
+
+    def __init__(self, task, dim, num_layers, num_classes, iterations=3):
+        super().__init__()
+        # Waves in all directions, of a sixth of a period an image to six.
+        waves = F.normalize(torch.randn(dim // 2, 2), dim=1) * torch.logspace(0, math.log10(40), dim // 2)[:, None]
+        self.register_buffer("waves", waves)
+        self.extent = nn.Linear(2, dim)
+        self.token_norm = nn.LayerNorm(dim)
+        self.center_ffn = mlp(dim, CENTER_RATIO[0])
+        self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.classifier = nn.Linear(dim, num_classes)
+        nn.init.constant_(self.classifier.bias, -math.log(99))  # p = 0.01: most centers are of no class, and start so
+        self.detection = DetectionHead(dim) if task in ("det", "inst") else None
+        self.segmentation = SegmentationHead(dim) if task != "det" else None
+
+    def answer(self, centers, anchors, pixels, center_mask):
+        """What centers (B, K, D) say, a dictionary: "logits" and, as the task has them, "boxes" and "masks"."""
+        x = self.norm(centers)
+        output = dict(logits=self.classifier(x))
+        if center_mask is not None:  # a center that an image has not got says nothing: probability e^-100
+            output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
+        if self.detection:
+            output["boxes"] = self.detection(x, anchors)
+        if self.segmentation:
+            output["masks"] = self.segmentation(x, pixels)
+        return output
+
+    def forward(self, maps, layouts, grid, trace=None):
+        """maps: of the neck, (B, H, W, D), fine to coarse, the last three at strides 8, 16, 32.  layouts: of the maps.
+
+        grid: layout of the map at stride 8, for the centers.  Returns the answers, a list.
+        """
+        pixels = self.segmentation.embed(maps[0], layouts[0]) if self.segmentation else None
+        maps, layouts, tokens = maps[-3:], layouts[-3:], []
+        for x, layout in zip(maps, layouts):
+            y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
+            tokens.append(self.token_norm(x) + encode(y, x_, self.waves))  # alike are pixels that look alike and are near
+        centers = pool_centers(tokens[0], grid)
+        centers = centers + self.center_ffn(centers)
+        cells = (grid.rows[:, :, None, :, None] * grid.columns[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, K, N)
+        boxes = moments(cells, grid).expand(len(centers), -1, -1)
+        answers = [self.answer(centers, boxes, pixels, grid.centers)]
+        for i, layer in enumerate(self.layers):
+            level = 2 - i % 3
+            if self.detection:
+                boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
+            places = encode(boxes[..., 1] - 0.5, boxes[..., 0] - 0.5, self.waves) + self.extent(boxes[..., 2:])
+            centers, assignment = layer(centers, boxes, places, tokens[level], layouts[level], grid.centers, trace)
+            if not self.detection:
+                boxes = moments(assignment.mean(1), layouts[level])
+            answers.append(self.answer(centers, boxes, pixels, grid.centers))
+        return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 9. From what the centers say to answers for people
+# ---------------------------------------------------------------------------------------------------------------
+def full_size(masks, image_size, stride, size):
+    """Logits of masks in the size of the answer.
+
+    masks: (K, h, w) at a stride of the padded image.  image_size, size: (H, W) of the image without padding, of the answer.
+    Returns (K, H, W) float32.
+    """
+    height, width = image_size
+    masks = masks[:, : -(-height // stride), : -(-width // stride)].float()  # first, so that no padding shines through
+    masks = F.interpolate(masks[None], scale_factor=stride, mode="bilinear")[:, :, :height, :width]
+    return masks[0] if size == image_size else F.interpolate(masks, size, mode="bilinear")[0]
+
+
+def best_objects(probability, boxes, threshold=0.6):
+    """The (center, class) pairs of highest probability, at most 100, without repetitions.
+
+    A pair is a repetition if a better one of the same class overlaps it by more than the threshold.  Trained long, centers
+    leave an object to one of them; until then, and where two are left, this is what keeps an object from being counted
+    twice.  probability: (K, classes).  boxes: (K, 4) cxcywh.  Returns scores, labels, centers, each (n,), best first.
+    """
+    scores, pairs = probability.flatten().topk(min(100, probability.numel()))
+    centers, labels = pairs // probability.shape[1], pairs % probability.shape[1]
+    repeats = overlaps(boxes[None])[0][centers][:, centers] > threshold  # (n, n)
+    same = labels[:, None] == labels
+    keep = ~(repeats & same).triu(1).any(0)
+    return scores[keep], labels[keep], centers[keep]
+
+
+def semantic_labels(probability, masks):
+    """Class of every pixel: of each class, the sum over centers of its probability times their mask, and the largest.
+
+    probability: (K, classes).  masks: (K, H, W) logits.  Returns int64 (H, W).
+    """
+    return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
+
+
+def panoptic_segments(probability, masks, things, threshold=0.3, overlap=0.6):
+    """Every pixel's segment: things one a center, stuff one a class.
+
+    Of the centers surer than `threshold` of a class, each pixel goes to the one whose probability times mask is largest.
+    A center that loses more than 1 - overlap of its mask to others was a repetition, and gets nothing.
+    probability: (K, classes).  masks: (K, H, W) logits.  things: list of bool, for each class whether it is countable.
+    Returns ids, int64 (H, W), 0 where no center has a mask, and a list of {"id", "label", "isthing", "score"}.
+    """
+    scores, labels = probability.max(1)
+    sure = scores > threshold
+    scores, labels, masks = scores[sure], labels[sure], masks[sure].sigmoid()
+    ids, segments = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device), []
+    if not len(scores):
+        return ids, segments
+    owner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
+    of_stuff = {}  # class -> its segment
+    for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
+        inside = masks[k] > 0.5
+        won = inside & (owner == k)
+        if won.sum() == 0 or won.sum() < overlap * inside.sum():
+            continue
+        if label in of_stuff:
+            segment = of_stuff[label]
+            segment["score"] = max(segment["score"], score)
+        else:
+            segment = dict(id=len(segments) + 1, label=label, isthing=things[label], score=score)
+            segments.append(segment)
+            if not things[label]:
+                of_stuff[label] = segment
+        ids[won] = segment["id"]
+    return ids, segments
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 10. The model
+# ---------------------------------------------------------------------------------------------------------------
+TASKS = ("cls", "det", "inst", "sem", "pan")
+
+
 class ClusterFormer(nn.Module):
     """Backbone and head of one task.
 
-    model(images) -> {"logits": (B, num_classes)}; model.predict(images) -> one dictionary per image.
+    model(images) gives what is trained, model.predict(images) answers for people, one dictionary per image.
     """
 
     def __init__(
         self,
-        task="cls",  # "cls": classification
+        task="cls",  # cls: class of an image; det: boxes; inst: boxes and masks; sem: class of a pixel; pan: and of things, which
         variant="tiny",  # a key of VARIANTS
         num_classes=1000,
         patch_size=4,  # 4, or 2 for images of about 32 x 32 pixels
         iterations=3,  # T, rounds of E- and M-step; memory and time of the maps grow with it
         drop_path=0.0,  # stochastic depth: probability of leaving out a branch of the last block, 0 in the first
+        things=None,  # pan: for each class whether it is countable, a list of bool; None: all are
     ):
         super().__init__()
-        if task != "cls":
-            raise ValueError(f"task must be 'cls', got {task!r}")
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if patch_size not in (2, 4):
             raise ValueError(f"patch_size must be 2 or 4, got {patch_size}")
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        if things is not None and len(things) != num_classes:
+            raise ValueError(f"things must have one entry for each of {num_classes} classes, got {len(things)}")
         self.task, self.num_classes = task, num_classes
-        self.backbone = Backbone(**VARIANTS[variant], patch_size=patch_size, iterations=iterations, drop_path=drop_path)
-        dim = self.backbone.channels[-1]
-        self.head = ClassificationHead(dim, max(1, dim // HEAD_DIM), num_classes, iterations)
+        self.things = [True] * num_classes if things is None else list(things)
+        size = VARIANTS[variant]
+        self.backbone = Backbone(size["depths"], size["channels"], patch_size, iterations, drop_path)
+        channels = self.backbone.channels
+        if task == "cls":
+            self.head = ClassificationHead(channels[-1], max(1, channels[-1] // HEAD_DIM), num_classes, iterations)
+        else:
+            self.levels = slice(1, None) if task == "det" else slice(None)  # only masks need the finest map
+            self.neck = Neck(channels[self.levels], size["dim"])
+            self.decoder = Decoder(task, size["dim"], size["layers"], num_classes, iterations)
 
     def forward(self, images, trace=None):
-        """images and trace: as in Backbone; the head appends one more dictionary, its stage "head".
+        """images and trace: as in Backbone; head and decoder append more dictionaries, of stage "head" and "decoder".
 
+        Returns for cls {"logits": (B, classes)}, and for the other tasks
+            "logits"  (B, K, classes)  of each of K = 100 centers (fewer where there are fewer than 10 x 10 tokens at stride
+                                       8) and class that the center is of it; sigmoid gives a probability
+            "boxes"   (B, K, 4)        det, inst: centre x, y, width, height, in fractions of the image without padding
+            "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
+            "aux"     a list of the same for earlier layers, first to last
         Checks shapes and dtype (ValueError), not the range of values: that would wait for the GPU at every step.
         """
         check_images(images)
         images, sizes = batch_images(images)
-        x = self.backbone(images, sizes, trace)[-1].permute(0, 2, 3, 1)  # (B, H, W, D)
-        if sizes is not None:
-            sizes = -(-sizes // self.backbone.strides[-1])
-        return {"logits": self.head(x, layout_of(x.shape[1], x.shape[2], sizes, x.device), trace)}
+        maps = [x.permute(0, 2, 3, 1) for x in self.backbone(images, sizes, trace)]  # (B, H, W, D)
+        map_sizes = [None if sizes is None else -(-sizes // stride) for stride in self.backbone.strides]
+        layouts = [layout_of(x.shape[1], x.shape[2], real, x.device) for x, real in zip(maps, map_sizes)]
+        if self.task == "cls":
+            return {"logits": self.head(maps[-1], layouts[-1], trace)}
+        grid = layout_of(maps[1].shape[1], maps[1].shape[2], map_sizes[1], images.device, tokens_per_cell=1)
+        *earlier, last = self.decoder(self.neck(maps[self.levels]), layouts[self.levels], grid, trace)
+        return last | {"aux": earlier}
 
     @torch.no_grad()
-    def predict(self, images):
-        """Answers for people.  images: as in forward; raises ValueError also if a value is not within [0, 1].
+    def predict(self, images, sizes=None):
+        """Answers for people.
 
-        Returns one dictionary per image: "scores" (5,) float32, highest first, and "labels" (5,) int64 (fewer where
-        there are fewer classes).  The model is in evaluation mode meanwhile.
+        images: as in forward; raises ValueError also if a value is not within [0, 1].
+        sizes: a list of (H, W), in which boxes and maps are given; None: those of the images.
+        Returns one dictionary per image:
+            cls   "scores" (5,) float32, highest first, and "labels" (5,) int64 (fewer where there are fewer classes)
+            det   "scores" (n,), highest first, "labels" (n,), "boxes" (n, 4) xyxy in pixels; n <= 100
+            inst  the same and "masks" (n, H, W) bool; a score is multiplied by the mean probability of the mask's pixels
+            sem   "semantic" (H, W) int64, the class of every pixel
+            pan   "panoptic" (H, W) int64, the segment of every pixel, 0 for none, and "segments", a list of dictionaries
+                  {"id": int, "label": int, "isthing": bool, "score": float}
+        The model is in evaluation mode meanwhile.
         """
         check_images(images)
         for image in images:
@@ -501,10 +830,38 @@ class ClusterFormer(nn.Module):
                 raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")
         training = self.training
         self.eval()
-        scores = self(images)["logits"].float().softmax(-1)
+        output = self(images)
         self.train(training)
-        scores, labels = scores.topk(min(5, self.num_classes))
-        return [{"scores": s, "labels": l} for s, l in zip(scores, labels)]
+        if self.task == "cls":
+            scores, labels = output["logits"].float().softmax(-1).topk(min(5, self.num_classes))
+            return [{"scores": s, "labels": l} for s, l in zip(scores, labels)]
+        answers = []
+        for i, image in enumerate(images):
+            own = tuple(image.shape[-2:])
+            size = own if sizes is None else tuple(sizes[i])
+            probability = output["logits"][i].float().sigmoid()  # (K, classes)
+            masks = full_size(output["masks"][i], own, self.backbone.strides[0], size) if "masks" in output else None
+            if self.task == "sem":
+                answers.append({"semantic": semantic_labels(probability, masks)})
+            elif self.task == "pan":
+                ids, segments = panoptic_segments(probability, masks, self.things)
+                answers.append({"panoptic": ids, "segments": segments})
+            else:
+                boxes = output["boxes"][i].float()
+                scores, labels, centers = best_objects(probability, boxes)
+                answer = {}
+                if masks is not None:
+                    masks = masks.sigmoid()
+                    inside = masks > 0.5
+                    quality = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+                    order = (scores * quality[centers]).argsort(descending=True)
+                    scores, labels, centers = (scores * quality[centers])[order], labels[order], centers[order]
+                    answer["masks"] = inside[centers]
+                low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+                pixels = torch.tensor([size[1], size[0]] * 2, device=boxes.device)
+                corners = (torch.cat([low, high], 1).clamp(0, 1) * pixels)[centers]
+                answers.append({"scores": scores, "labels": labels, "boxes": corners} | answer)
+        return answers
 
 
 def load_checkpoint(path, ema=True):
@@ -523,7 +880,13 @@ def load_checkpoint(path, ema=True):
         raise ValueError(f"{path}: not a checkpoint of train.py: no model, ema, settings and classes in it")
     settings, classes = checkpoint["settings"], checkpoint["classes"]
     try:
-        model = ClusterFormer(settings["task"], settings["variant"], len(classes), patch_size=settings["patch_size"])
+        model = ClusterFormer(
+            settings["task"],
+            settings["variant"],
+            len(classes),
+            patch_size=settings["patch_size"],
+            things=checkpoint.get("things"),
+        )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
     try:

@@ -2,11 +2,16 @@
 """Train a ClusterFormer.
 
     torchrun train.py --task cls                                                    built-in shapes, a few minutes on a CPU
+    torchrun train.py --task det                                                    boxes; inst: and masks; sem, pan: maps
     torchrun train.py --task cls --data DIR --out runs/mine                         own images, DIR/{train,val}/<class>/
+    torchrun train.py --task inst --data DIR --init CHECKPOINT                      own objects, in COCO's layout
     torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR             the paper's recipe, one machine, 8 GPUs
     torchrun train.py --task cls --data IMAGENET_DIR --accumulate 8                 the same batch of 1024 on one GPU
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train.py --task cls --data IMAGENET_DIR                                     typed on both of two machines
+
+    torchrun --nproc_per_node=8 train.py --task inst --data COCO_DIR --init CHECKPOINT     det, pan alike
+    torchrun --nproc_per_node=8 train.py --task sem --data ADE_DIR --init CHECKPOINT
 
 Left out flags take their value from the recipe of the data.  The run leaves OUT/last.pt, OUT/best.pt, OUT/log.jsonl (a
 line an epoch) and OUT/metrics.json, and goes on from OUT/last.pt with --resume.
@@ -19,6 +24,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -27,33 +33,51 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 from tqdm import tqdm
 
-from clusterformer import VARIANTS, ClusterFormer, load_checkpoint
-from data import Folder, GlobalBatches, InputError, Shapes, mix, train_transform
-from eval import default_workers, evaluate, run, start_processes, validation_set
+from clusterformer import TASKS, VARIANTS, ClusterFormer, load_checkpoint
+from data import (
+    Ade,
+    Coco,
+    Folder,
+    GlobalBatches,
+    InputError,
+    Shapes,
+    SkipBroken,
+    collate,
+    dense_train_transform,
+    mix,
+    train_transform,
+)
+from eval import METRIC, default_workers, describe, evaluate, run, start_processes, validation_set
 
-# flag: (shapes, folder, smallest value, explanation)
+# flag: (cls on shapes, cls, dense tasks on shapes, COCO, ADE20K, smallest value, explanation)
 RECIPES = {
-    "variant": ("nano", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
-    "patch_size": (4, 4, None, "pixels a side of the smallest token: 4, or 2 for images of about 32 pixels"),
-    "image_size": (48, 224, 32, "pixels a side of training and evaluation images"),
-    "epochs": (4, 300, 1, "passes over the training images; on shapes 6,500 new scenes each"),
-    "batch_size": (32, 1024, 1, "images per optimizer step, over all processes"),
-    "lr": (3e-3, 1e-3, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
-    "warmup_epochs": (0.3, 20.0, 0.0, "epochs over which the learning rate rises; after them it falls as a cosine"),
-    "weight_decay": (0.05, 0.05, 0.0, "of matrices and convolutions; norms, biases, scales and temperatures have none"),
-    "clip": (5.0, 5.0, 0.0, "gradients are scaled down to this norm; 0: never"),
-    "drop_path": (0.0, None, 0.0, "stochastic depth of the last block; folder: 0.2 for tiny, 0.3 for small"),
-    "smoothing": (0.0, 0.1, 0.0, "label smoothing"),
-    "mixup": (0.0, 0.8, 0.0, "alpha of mixup; 0: none"),
-    "cutmix": (0.0, 1.0, 0.0, "alpha of cutmix; 0: none"),
-    "randaugment": (0, 27, 0, "magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10); 0: none"),
-    "erasing": (0.0, 0.25, 0.0, "probability of erasing a rectangle"),
-    "ema": (0.995, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are what is evaluated"),
+    "variant": ("nano", "tiny", "nano", "tiny", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
+    "patch_size": (4, 4, 4, 4, 4, None, "pixels a side of the smallest token: 4, or 2 for images of about 32 pixels"),
+    "image_size": (48, 224, 96, 1024, 512, 32, "pixels a side of training images; of larger ones, dense tasks see a part"),
+    "test_size": (None, None, None, 800, 512, 32, "dense tasks on files: pixels of the short side in evaluation"),
+    "epochs": (4, 300, 5, 50, 127, 1, "passes over the training images; of shapes, 6,500 new scenes each, dense tasks 5,200"),
+    "batch_size": (32, 1024, 32, 16, 16, 1, "images per optimizer step, over all processes"),
+    "lr": (3e-3, 1e-3, 3e-3, 1e-4, 1e-4, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
+    "schedule": ("cosine", "cosine", "cosine", "step", "poly", None, "after the warm-up: cosine to 0, step (a tenth at 90 "
+                 "and a hundredth at 95 % of the steps) or poly (falling to 0 with power 0.9)"),
+    "warmup_epochs": (0.3, 20.0, 0.3, 0.1, 1.0, 0.0, "epochs over which the learning rate rises"),
+    "weight_decay": (0.05, 0.05, 0.05, 0.05, 0.05, 0.0, "of matrices and convolutions; norms, biases, temperatures have none"),
+    "clip": (5.0, 5.0, 5.0, 0.1, 0.1, 0.0, "gradients are scaled down to this norm; 0: never"),
+    "drop_path": (0.0, None, 0.0, None, None, 0.0, "stochastic depth of the last block; of files: 0.2 for tiny, 0.3 for small"),
+    "smoothing": (0.0, 0.1, 0.0, 0.0, 0.0, 0.0, "cls: label smoothing"),
+    "mixup": (0.0, 0.8, 0.0, 0.0, 0.0, 0.0, "cls: alpha of mixup; 0: none"),
+    "cutmix": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, "cls: alpha of cutmix; 0: none"),
+    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10); 0: none"),
+    "erasing": (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, "cls: probability of erasing a rectangle"),
+    "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
 }
+COLUMNS = ("shapes", "ImageNet", "shapes", "COCO", "ADE20K")
 DROP_PATH = {"nano": 0.0, "tiny": 0.2, "small": 0.3}
 BELOW_ONE = ("drop_path", "smoothing", "ema")
+CLS_ONLY = ("smoothing", "mixup", "cutmix", "randaugment", "erasing")
 
 
 def parse_settings():
@@ -61,8 +85,10 @@ def parse_settings():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
-    parser.add_argument("--task", choices=["cls"], default="cls", help="cls: classification (default: cls)")
-    parser.add_argument("--data", metavar="DIR", help="folder with train/<class>/ and val/<class>/ (default: draw shapes)")
+    tasks = "cls: classes of images; det: boxes; inst: boxes and masks; sem: classes of pixels; pan: of things and stuff"
+    parser.add_argument("--task", choices=TASKS, default="cls", help=f"{tasks} (default: cls)")
+    layouts = "cls: train/<class>/ and val/<class>/; det, inst, pan: COCO's layout; sem: ADE20K's"
+    parser.add_argument("--data", metavar="DIR", help=f"folder of images and labels; {layouts} (default: draw shapes)")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and log go (default: runs/TASK)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its settings")
     parser.add_argument("--init", metavar="FILE", help="start from the weights of this checkpoint, as far as they fit")
@@ -71,10 +97,12 @@ def parse_settings():
     parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
     parser.add_argument("--seed", type=int, help="of initial weights, order and augmentation (default: 0)")
     recipe = parser.add_argument_group("recipe")
-    for name, (shapes, folder, _, text) in RECIPES.items():
-        default = f"default: {shapes}" if shapes == folder else f"default: shapes {shapes}, folder {folder}"
-        default = default if folder is not None else f"default: shapes {shapes}"
-        recipe.add_argument("--" + name.replace("_", "-"), type=type(shapes), help=f"{text} ({default})".replace("%", "%%"))
+    for name, (*values, _, text) in RECIPES.items():
+        values = values[:2] if name in CLS_ONLY else values
+        known = [f"{column} {value}" for column, value in zip(COLUMNS, values) if value is not None]
+        default = str(values[0]) if len(set(values)) == 1 else ", ".join(known)
+        kind = next(type(value) for value in values if value is not None)
+        recipe.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (default: {default})".replace("%", "%%"))
     flags = vars(parser.parse_args())
 
     flags.setdefault("out", os.path.join("runs", flags["task"]))
@@ -85,20 +113,26 @@ def parse_settings():
     elif os.path.exists(last) and not flags.get("resume"):
         raise InputError(f"{last} exists: --resume goes on with that run, --out DIR starts another one elsewhere")
     data = flags.get("data", base.get("data"))
-    column = 0 if data is None else 1
+    task = flags["task"]
+    column = (0 if data is None else 1) if task == "cls" else 2 if data is None else 4 if task == "sem" else 3
     defaults = {name: row[column] for name, row in RECIPES.items()}
     defaults |= dict(data=None, resume=False, init=None, accumulate=1, compile=False, workers=default_workers(), seed=0)
     settings = defaults | base | {"resume": False} | flags
     if settings["variant"] not in VARIANTS:
         raise InputError(f"--variant must be one of {', '.join(VARIANTS)}, got {settings['variant']}")
+    if settings["schedule"] not in SCHEDULES:
+        raise InputError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {settings['schedule']}")
+    for name in CLS_ONLY:
+        if task != "cls" and settings[name]:
+            raise InputError(f"--{name} is of --task cls; {task} has its own augmentation")
     if settings["patch_size"] not in (2, 4):
         raise InputError(f"--patch-size must be 2 or 4, got {settings['patch_size']}")
     if settings["drop_path"] is None:
         settings["drop_path"] = DROP_PATH[settings["variant"]]
-    minimum = {name: row[2] for name, row in RECIPES.items()} | {"accumulate": 1, "workers": 0, "seed": 0}
+    minimum = {name: row[-2] for name, row in RECIPES.items()} | {"accumulate": 1, "workers": 0, "seed": 0}
     for name, least in minimum.items():
         value, flag = settings[name], "--" + name.replace("_", "-")
-        if least is not None and not (least <= value < math.inf):  # NaN fails too
+        if least is not None and value is not None and not (least <= value < math.inf):  # NaN fails too
             raise InputError(f"{flag} must be at least {least}, got {value}")
         if name in BELOW_ONE and value >= 1 or name == "erasing" and value > 1 or name == "randaugment" and value > 30:
             raise InputError(f"{flag} must be {'at most 30' if name == 'randaugment' else 'below 1'}, got {value}")
@@ -115,13 +149,17 @@ def read_checkpoint(path):
 
 
 def training_set(settings):
-    if settings["data"] is None:
-        return Shapes(6_500, settings["image_size"], settings["seed"], "train")
-    transform = train_transform(settings["image_size"], settings["randaugment"], settings["erasing"])
-    return Folder(settings["data"], "train", transform, settings["seed"])
+    task, data, size, seed = settings["task"], settings["data"], settings["image_size"], settings["seed"]
+    if data is None:
+        return Shapes(6_500 if task == "cls" else 5_200, size, seed, "train", task)
+    if task == "cls":
+        return Folder(data, "train", train_transform(size, settings["randaugment"], settings["erasing"]), seed)
+    if task == "sem":
+        return Ade(data, "train", dense_train_transform(task, size), size, seed)
+    return Coco(data, "train", task, dense_train_transform(task, size), size, seed)
 
 
-def take_weights(model, path):
+def take_weights(model, path, rank):
     """Loads what fits by name and shape from a checkpoint's averaged weights, and says what did not."""
     theirs, ours = read_checkpoint(path)[1]["ema"], model.state_dict()
     fitting = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
@@ -129,14 +167,35 @@ def take_weights(model, path):
         raise InputError(f"{path}: no weight of its backbone fits this model; give the --variant it was trained with")
     model.load_state_dict(fitting, strict=False)
     left = sorted(ours.keys() - fitting.keys())
-    print(f"{path}: took {len(fitting)} of {len(ours)} tensors" + (f"; new: {', '.join(left)}" if left else ""))
+    if rank == 0:
+        print(f"{path}: took {len(fitting)} of {len(ours)} tensors" + (f"; new: {', '.join(left)}" if left else ""))
 
 
-def parameter_groups(model, weight_decay):
-    """Decay pulls matrices and kernels; a norm, bias, scale or temperature of zero would mean something else."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    return [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+def parameter_groups(model, weight_decay, backbone_rate):
+    """Groups for the optimizer; "rate" is what the learning rate is multiplied by, backbone_rate in the backbone.
+
+    Decay pulls matrices and kernels; a norm, bias, scale or temperature of zero would mean something else.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        rate = backbone_rate if name.startswith("backbone.") else 1.0
+        groups.setdefault((decay, rate), []).append(parameter)
+    return [dict(params=params, weight_decay=decay, rate=rate) for (decay, rate), params in groups.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses.  All are sums: what they are divided by, the images or targets of the global batch, no process knows alone
+# ---------------------------------------------------------------------------------------------------------------
+REPEATS = 6, 4, 2  # centers that a target has in the first layers; in the others, and always in the last, one
+WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0)  # as DETR, Mask2Former and MaskDINO
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
+POINTS = 12_544  # at which a mask is compared, at most: all 65,536 of a 1024 x 1024 image would take five times the memory
+
+
+def points_of(masks):
+    """How many points a mask is compared at: a quarter of its pixels at most.  masks: (..., h, w)."""
+    return min(POINTS, masks.shape[-2] * masks.shape[-1] // 4)
 
 
 def assign(cost):
@@ -174,11 +233,166 @@ def assign(cost):
     return columns
 
 
-def learning_rate(step, steps, warmup_steps, peak):
-    """Linear warm-up, then half a cosine down to zero."""
+def corners(boxes):
+    """(n, 4) cxcywh -> xyxy."""
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def sample(maps, points, size):
+    """Values of maps at points, bilinear.
+
+    maps: (n, h, w), which cover `size` (height, width) pixels.  points: (n or 1, P, 2) float, x and y in pixels.
+    Returns (n, P).
+    """
+    grid = 2 * points / points.new_tensor([size[1], size[0]]) - 1
+    if not len(maps):
+        return maps.new_zeros(0, points.shape[1])
+    if len(points) == 1:  # the same points in all maps: they are channels of one
+        return F.grid_sample(maps[None], grid[:, None], padding_mode="border", align_corners=False)[0, :, 0]
+    return F.grid_sample(maps[:, None], grid[:, None], padding_mode="border", align_corners=False)[:, 0, 0]
+
+
+def random_points(n, count, size, device):
+    """(n, count, 2) float, x and y, uniform over an image of size (height, width) pixels."""
+    return torch.rand(n, count, 2, device=device) * torch.tensor([size[1], size[0]], device=device)
+
+
+def uncertain_points(logits, count, size, extent):
+    """As random_points, but three of four where a mask is least certain (Kirillov et al., PointRend, 2020): at its border,
+    which is a small part of its pixels, and where it is wrong or right."""
+    points = random_points(len(logits), 3 * count, size, logits.device)
+    doubt = -sample(logits, points, extent).abs()  # (n, 3 count)
+    most = doubt.topk(3 * count // 4, dim=1).indices[..., None].expand(-1, -1, 2)
+    rest = random_points(len(logits), count - most.shape[1], size, logits.device)
+    return torch.cat([points.gather(1, most), rest], 1)
+
+
+@torch.no_grad()
+def matching_cost(output, target, stride):
+    """What it costs to give a target a center, in all pairs: the losses below, of that target on that center.
+
+    output: answers of one image's centers, of any number of layers, (n centers, ...).  Returns (targets, centers) float32.
+    """
+    labels = target["labels"]
+    probability = output["logits"].float().sigmoid()[:, labels].T
+    hit = ALPHA * (1 - probability) ** GAMMA * -probability.clamp(min=1e-8).log()
+    miss = (1 - ALPHA) * probability**GAMMA * -(1 - probability).clamp(min=1e-8).log()
+    cost = WEIGHTS["label"] * (hit - miss)
+    if "boxes" in output:
+        boxes, truth = output["boxes"].float(), target["boxes"]
+        cost += WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1)
+        cost -= WEIGHTS["giou"] * generalized_box_iou(corners(truth), corners(boxes))
+    if "masks" in output:
+        masks, truth = output["masks"].float(), target["masks"].float()
+        extent, size = [stride * side for side in masks.shape[1:]], truth.shape[1:]
+        points = random_points(1, points_of(masks), size, masks.device)
+        logits, truth = sample(masks, points, extent), sample(truth, points, size)  # (centers, P), (targets, P)
+        # Binary cross-entropy is softplus(x) - x y: of all pairs, one product.
+        entropy = (F.softplus(logits).sum(1) - truth @ logits.T) / logits.shape[1]
+        probability = logits.sigmoid()
+        dice = 1 - (2 * truth @ probability.T + 1) / (truth.sum(1)[:, None] + probability.sum(1) + 1)
+        cost += WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
+    return cost
+
+
+def repeats(num_layers):
+    """How many centers a target has in each layer."""
+    return [*REPEATS, *[1] * num_layers][: num_layers - 1] + [1]
+
+
+def match(outputs, targets, stride):
+    """Gives every target a center in each layer, and several in the first ones.
+
+    Only where an object has a single center can centers learn to leave an object to the one that has it; but several
+    centers an object are several times the gradient, and layers whose answer is not the final one can afford them.
+    outputs: (B, L, K, ...), answers of L layers.  Returns image, layer, center, target (counted through the batch), int64
+    (m,), and the weight of the match, float32 (m,): one over the number of centers that its target has in that layer.
+    """
+    L, K = outputs["logits"].shape[1:3]
+    rows, first = [], 0
+    for image, target in enumerate(targets):
+        cost = matching_cost({key: value[image].flatten(0, 1) for key, value in outputs.items()}, target, stride)
+        n = len(cost)
+        if n > K:
+            raise InputError(f"{n} objects in one image; the model has {K} centers")
+        cost = cost.unflatten(1, (L, K)).double().cpu().numpy()
+        for layer in range(L):
+            times = min(repeats(L)[layer], K // max(1, n))
+            center = assign(np.tile(cost[:, layer], (times, 1)))
+            rows += [(image, layer, c, first + i % n, 1 / times) for i, c in enumerate(center.tolist())]
+        first += n
+    table = torch.tensor(rows, dtype=torch.float64, device=outputs["logits"].device).view(-1, 5)
+    return *table[:, :4].long().unbind(1), table[:, 4].float()
+
+
+def dense_losses(output, targets, stride):
+    """Losses of the dense tasks, of all layers together, sums over targets.
+
+    output: of the model.  targets: list of dictionaries, one an image, as in data.py.  stride: pixels a pixel of the masks.
+    Returns a dictionary of scalars: label; with boxes l1 and giou; with masks mask and dice.
+    """
+    layers = [*output["aux"], output]
+    outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in output if key != "aux"}  # (B, L, K, ...)
+    image, layer, center, target, weight = match(outputs, targets, stride)
+    logits, labels = outputs["logits"].float(), torch.cat([target["labels"] for target in targets])
+    wanted = torch.zeros_like(logits)
+    wanted[image, layer, center, labels[target]] = 1
+    share = logits.new_tensor([1 / times for times in repeats(len(layers))])  # layers count alike
+    losses = dict(label=sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).sum((0, 2, 3)) @ share)
+    if "boxes" in outputs:
+        boxes = outputs["boxes"][image, layer, center].float()
+        truth = torch.cat([target["boxes"] for target in targets])[target]
+        losses["l1"] = (boxes - truth).abs().sum(1) @ weight
+        losses["giou"] = generalized_box_iou_loss(corners(boxes), corners(truth)) @ weight
+    if "masks" in outputs:
+        losses["mask"] = losses["dice"] = outputs["masks"].sum() * 0.0  # where nothing is to be found, too, DDP wants gradients
+        first = 0
+        for i, of_image in enumerate(targets):
+            here = (image == i).nonzero()[:, 0]
+            masks = outputs["masks"][i, layer[here], center[here]].float()  # (m, h, w)
+            extent, size = [stride * side for side in masks.shape[1:]], of_image["masks"].shape[1:]
+            points = uncertain_points(masks.detach(), points_of(masks), size, extent)
+            masks, (x, y) = sample(masks, points, extent), points.long().unbind(-1)  # (m, P)
+            truth = of_image["masks"][target[here, None] - first, y, x].float()  # (m, P)
+            entropy = F.binary_cross_entropy_with_logits(masks, truth, reduction="none").mean(1)
+            probability = masks.sigmoid()
+            shared = 2 * (probability * truth).sum(1) + 1  # the ones are for a mask of which no point was drawn
+            dice = 1 - shared / (probability.sum(1) + truth.sum(1) + 1)
+            losses["mask"], losses["dice"] = losses["mask"] + entropy @ weight[here], losses["dice"] + dice @ weight[here]
+            first += len(of_image["labels"])
+    return {name: WEIGHTS[name] * value for name, value in losses.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+SCHEDULES = {  # what is left of the peak, at a fraction of the way from warm-up to end
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "poly": lambda t: (1 - t) ** 0.9,
+    "step": lambda t: 1.0 if t < 0.9 else 0.1 if t < 0.95 else 0.01,
+}
+
+
+def learning_rate(step, steps, warmup_steps, peak, schedule):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+    return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps))
+
+
+def losses_of(model, output, targets, smoothing):
+    """A dictionary of scalars, sums over images (cls) or targets."""
+    if model.task == "cls":
+        return dict(label=F.cross_entropy(output["logits"].float(), targets, label_smoothing=smoothing, reduction="sum"))
+    return dense_losses(output, targets, model.backbone.strides[0])
+
+
+def to_device(value, device):
+    """Tensors, in lists and dictionaries, on the device."""
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device, non_blocking=True)
 
 
 def save(value, path):
@@ -190,20 +404,23 @@ def save(value, path):
 def main():
     settings = parse_settings()
     rank, world_size, device = start_processes()
+    task, out = settings["task"], settings["out"]
     train = training_set(settings)
-    val = validation_set(settings["data"], settings["image_size"], train.classes)
-    num_classes, out = len(train.classes), settings["out"]
+    val = validation_set(settings["data"], settings["test_size"] or settings["image_size"], task, train.classes)
+    num_classes = len(train.classes)
+    things = None if task == "cls" else train.things
     steps_per_epoch = max(1, len(train) // settings["batch_size"])
     steps = settings["epochs"] * steps_per_epoch
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
 
     torch.manual_seed(settings["seed"])
     model = ClusterFormer(
-        settings["task"],
+        task,
         settings["variant"],
         num_classes,
         patch_size=settings["patch_size"],
         drop_path=settings["drop_path"],
+        things=things,
     )
     first_step, best = 0, -1.0
     checkpoint = None
@@ -214,10 +431,12 @@ def main():
         model.load_state_dict(checkpoint["model"])
         first_step, best = checkpoint["step"], checkpoint["best"]
     elif settings["init"]:
-        take_weights(model, settings["init"])
+        take_weights(model, settings["init"], rank)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings["weight_decay"]), fused=True)
+    # A backbone that has learned to see already shall keep what it knows while neck and decoder are still random.
+    backbone_rate = 0.1 if settings["init"] and task != "cls" else 1.0
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings["weight_decay"], backbone_rate), fused=True)
     if checkpoint:
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -228,31 +447,43 @@ def main():
     batches = GlobalBatches(
         len(train), settings["batch_size"], steps, settings["seed"], rank, world_size, settings["accumulate"], mixing, first_step
     )
+    whole = SkipBroken(train)
     loader = DataLoader(
-        train,
+        whole,
         batch_sampler=batches,
         num_workers=settings["workers"],
         pin_memory=device.type == "cuda",
+        collate_fn=None if task == "cls" else collate,
     )
+    val_batch = max(1, settings["batch_size"] // world_size) if task == "cls" or settings["data"] is None else 1
     if rank == 0:
         os.makedirs(out, exist_ok=True)
         size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         print(
-            f"{settings['variant']}, {size:.1f} M parameters, {num_classes} classes; "
-            f"{len(train)} training and {len(val)} validation images of {settings['image_size']} x {settings['image_size']} "
-            f"from {settings['data'] or 'shapes'}; {steps} steps of {settings['batch_size']} images on {world_size} x {device.type}"
+            f"{task}, {settings['variant']}, {size:.1f} M parameters, {num_classes} classes; "
+            f"{len(train)} training images of {settings['image_size']} x {settings['image_size']} and {len(val)} validation "
+            f"images from {settings['data'] or 'shapes'}; {steps} steps of {settings['batch_size']} images on "
+            f"{world_size} x {device.type}"
         )
+        if getattr(train, "dropped", 0):
+            print(f"{train.dropped} objects without area are left out")
     chunks, bar = iter(loader), tqdm(total=steps, initial=first_step, disable=True if rank else None)
-    loss_sum, epoch_start, images_seen, metrics = torch.zeros(2, device=device), time.time(), 0, None
+    sums, epoch_start, images_seen, metrics = Counter(), time.time(), 0, None
     for step in range(first_step, steps):
-        lr = learning_rate(step, steps, settings["warmup_epochs"] * steps_per_epoch, settings["lr"])
+        warmup_steps = settings["warmup_epochs"] * steps_per_epoch
+        lr = learning_rate(step, steps, warmup_steps, settings["lr"], settings["schedule"])
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        # Stochastic depth, too, is a function of the step, so that a resumed run continues as if never stopped.
+            group["lr"] = lr * group["rate"]
+        # Stochastic depth and points of masks, too, are functions of the step: a resumed run goes on as if never stopped.
         torch.manual_seed(int(np.random.SeedSequence((settings["seed"], step, rank)).generate_state(1)[0]))
-        for chunk in range(settings["accumulate"]):
-            images, targets = next(chunks)
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        share = [next(chunks) for _ in range(settings["accumulate"])]  # of this process in the batch
+        total = torch.tensor(float(settings["batch_size"]), device=device)
+        if task != "cls":  # images have few or many objects, and each object shall weigh the same
+            total.fill_(sum(len(target["labels"]) for _, targets in share for target in targets))
+            if world_size > 1:
+                dist.all_reduce(total)
+        for chunk, (images, targets) in enumerate(share):
+            images, targets = to_device(images, device), to_device(targets, device)
             if mixing:
                 images, targets = mix(
                     images, targets, num_classes, settings["mixup"], settings["cutmix"], settings["seed"], step
@@ -261,10 +492,11 @@ def main():
             waits = world_size > 1 and chunk < settings["accumulate"] - 1
             with runner.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    logits = runner(images)["logits"]
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=settings["smoothing"])
-                (loss / settings["accumulate"]).backward()
-            loss_sum += torch.stack([loss.detach(), torch.ones_like(loss)])
+                    output = runner(images)
+                losses = losses_of(model, output, targets, settings["smoothing"])
+                losses = {name: loss / total.clamp(min=1) for name, loss in losses.items()}
+                (sum(losses.values()) * world_size).backward()  # of which DDP takes the mean over the processes
+            sums.update({name: loss.detach() for name, loss in losses.items()})
         if settings["clip"]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
         optimizer.step()
@@ -277,37 +509,46 @@ def main():
         bar.update()
         if step % 10 == 0 and not bar.disable:  # reading the loss waits for the GPU
             speed = images_seen / (time.time() - epoch_start)
-            bar.set_postfix(loss=f"{loss_sum[0] / loss_sum[1]:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
+            mean = world_size * sum(sums.values()) * settings["batch_size"] / images_seen
+            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
 
         if (step + 1) % steps_per_epoch == 0:
             epoch = (step + 1) // steps_per_epoch
             seconds = time.time() - epoch_start
-            metrics = evaluate(ema, val, device, settings["batch_size"] // world_size, settings["workers"])
+            metrics = evaluate(ema, val, device, val_batch, settings["workers"])
+            means = torch.stack(list(sums.values())) * settings["batch_size"] / images_seen
+            broken = whole.broken.to(device)
             if world_size > 1:
-                dist.all_reduce(loss_sum)
+                dist.all_reduce(means)
+                dist.all_reduce(broken, dist.ReduceOp.MAX)
             if rank == 0:
-                line = dict(epoch=epoch, step=step + 1, loss=(loss_sum[0] / loss_sum[1]).item(), lr=lr)
-                line |= metrics | dict(images_per_second=images_seen / seconds, seconds=seconds)
+                line = dict(epoch=epoch, step=step + 1, loss=means.sum().item(), lr=lr) | metrics
+                line |= dict(images_per_second=images_seen / seconds, seconds=seconds)
+                if task != "cls":
+                    line |= {f"loss_{name}": value for name, value in zip(sums, means.tolist())}
                 with open(os.path.join(out, "log.jsonl"), "a") as file:
                     file.write(json.dumps(line) + "\n")
-                improved, best = metrics["top1"] > best, max(best, metrics["top1"])
+                improved, best = metrics[METRIC[task]] > best, max(best, metrics[METRIC[task]])
                 state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                state |= dict(step=step + 1, epoch=epoch, best=best, settings=settings, classes=list(train.classes))
+                state |= dict(step=step + 1, epoch=epoch, best=best, settings=settings)
+                state |= dict(classes=list(train.classes), things=things)
                 save(state, os.path.join(out, "last.pt"))
                 if improved:
                     save(state, os.path.join(out, "best.pt"))
                 tqdm.write(
-                    f"epoch {epoch}/{settings['epochs']}  loss {line['loss']:.3f}  top-1 {metrics['top1']:.2%}  "
-                    f"top-5 {metrics['top5']:.2%}  {line['images_per_second']:.0f} images/s"
+                    f"epoch {epoch}/{settings['epochs']}  loss {line['loss']:.3f}  {describe(metrics, task)}  "
+                    f"{line['images_per_second']:.0f} images/s"
                 )
-            loss_sum, epoch_start, images_seen = torch.zeros(2, device=device), time.time(), 0
+                if broken.any():
+                    tqdm.write(f"{int(broken.sum())} of {len(train)} training images so far cannot be read")
+            sums, epoch_start, images_seen = Counter(), time.time(), 0
     bar.close()
     if metrics is None:  # --resume of a finished run
-        metrics = evaluate(ema, val, device, settings["batch_size"] // world_size, settings["workers"])
+        metrics = evaluate(ema, val, device, val_batch, settings["workers"])
     if rank == 0:
         with open(os.path.join(out, "metrics.json"), "w") as file:
             json.dump(metrics, file, indent=2)
-        print(f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%} of {metrics['images']} images that it never saw")
+        print(f"{describe(metrics, task)} of {metrics['images']} images that it never saw")
         print(f"python eval.py --checkpoint {os.path.join(out, 'last.pt')}")
 
 
