@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
 import clusterformer as cf
@@ -374,6 +377,304 @@ def test_the_model_says_what_is_wrong_with_its_settings(arguments):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Detection and segmentation
+# ---------------------------------------------------------------------------------------------------------------
+DENSE = ("det", "inst", "sem", "pan")
+KEYS = dict(det={"boxes"}, inst={"boxes", "masks"}, sem={"masks"}, pan={"masks"})
+
+
+def random_dense(task, **arguments):
+    """A nano model of a dense task, five classes, of which two are stuff, whose every parameter is random."""
+    torch.manual_seed(0)
+    model = cf.ClusterFormer(task, "nano", num_classes=5, things=[True, True, True, False, False], **arguments).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return model
+
+
+def some_targets(task, n=(3, 1), size=64):
+    """Rectangles of random classes, for a batch of len(n) images."""
+    rng, targets = np.random.default_rng(0), []
+    for count in n:
+        masks = torch.zeros(count, size, size, dtype=torch.bool)
+        for mask in masks:
+            (top, left), (height, width) = rng.integers(0, size - 20, 2), rng.integers(12, 20, 2)
+            mask[top : top + height, left : left + width] = True
+        target = data.target_of(torch.from_numpy(rng.integers(0, 5, count)), None, masks, (size, size))
+        targets.append({key: value for key, value in target.items() if key == "labels" or key in KEYS[task]})
+    return targets
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_the_answers_of_all_layers_have_the_promised_shapes(task):
+    model = random_dense(task)
+    with torch.no_grad():
+        output = model(torch.rand(2, 3, 96, 101))
+    assert len(output["aux"]) == 3 and output.keys() == KEYS[task] | {"logits", "aux"}
+    for answer in [output, *output["aux"]]:
+        assert answer.keys() - {"aux"} == KEYS[task] | {"logits"}
+        assert answer["logits"].shape == (2, 100, 5)
+        if "boxes" in answer:
+            assert answer["boxes"].shape == (2, 100, 4) and 0 < answer["boxes"].min() and answer["boxes"].max() < 1
+        if "masks" in answer:
+            assert answer["masks"].shape == (2, 100, 24, 26)
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
+    model = random_dense(task)
+    images = [torch.rand(3, *size) for size in [(96, 64), (50, 70), (100, 81)]]
+    with torch.no_grad():
+        together, alone = model(images), [model([image]) for image in images]
+    for i, own in enumerate(alone):
+        real = together["logits"][i, :, 0] > -99  # centers that the image has
+        for key in KEYS[task] | {"logits"}:
+            value = together[key][i][real]
+            if key == "masks":
+                value = value[:, : own[key].shape[2], : own[key].shape[3]]
+            torch.testing.assert_close(value, own[key][0], atol=1e-4, rtol=1e-4)
+    for answer, (own,) in zip(model.predict(images), [model.predict([image]) for image in images]):
+        for key, value in own.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                torch.testing.assert_close(answer[key], value, atol=1e-3, rtol=1e-3)
+            elif isinstance(value, torch.Tensor):
+                assert answer[key].shape == value.shape and (answer[key] == value).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("task", DENSE)
+@pytest.mark.parametrize("n", [(3, 1), (0, 0)])
+def test_every_parameter_of_a_dense_model_gets_a_gradient_also_from_images_without_objects(task, n):
+    model = random_dense(task).train()
+    losses = train.dense_losses(model(torch.rand(2, 3, 64, 64)), some_targets(task, n), 4)
+    sum(losses.values()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or (sum(n) and not p.grad.any())]
+    # Cells of a grid do not overlap: where no boxes are learned, the first layer has no use for its weight of overlap.
+    assert set(without) <= (set() if "boxes" in KEYS[task] else {"decoder.layers.0.overlap"})
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_moments_are_the_box_of_an_even_cluster():
+    layout = cf.layout_of(20, 30)
+    mask = torch.zeros(2, 20, 30)
+    mask[0, 4:12, 10:25], mask[1, 7, 3] = 1, 1
+    boxes = cf.moments(mask.flatten(1)[None], layout)[0]
+    torch.testing.assert_close(boxes[0], torch.tensor([17.5 / 30, 8 / 20, 15 / 30, 8 / 20]))
+    torch.testing.assert_close(boxes[1], torch.tensor([3.5 / 30, 7.5 / 20, 1 / 30, 1 / 20]))  # a token has sides, too
+
+
+def test_centers_of_the_decoder_start_at_the_cells_of_a_grid(monkeypatch):
+    model, seen = random_dense("det"), []
+    detection = model.decoder.detection.forward
+    monkeypatch.setattr(model.decoder.detection, "forward", lambda x, anchors: seen.append(anchors) or detection(x, anchors))
+    model(torch.rand(1, 3, 160, 80))  # 20 x 10 tokens at stride 8: cells of 2 x 1 tokens
+    y, x = torch.meshgrid((torch.arange(10) + 0.5) / 10, (torch.arange(10) + 0.5) / 10, indexing="ij")
+    expected = torch.stack([x, y, torch.full_like(x, 0.1), torch.full_like(x, 0.1)], -1).flatten(0, 1)
+    torch.testing.assert_close(seen[0][0], expected)
+
+
+def test_a_prior_is_added_to_the_similarity_as_the_log_of_a_gaussian_over_the_box():
+    layout, boxes = cf.layout_of(10, 10), torch.tensor([[[0.5, 0.3, 0.4, 0.2]]])
+    prior = cf.place_prior(boxes, layout)[0, :, 0].view(10, 10)
+    y, x = (np.arange(10) + 0.5) / 10, (np.arange(10) + 0.5) / 10
+    expected = -(((x[None] - 0.5) / 0.1) ** 2 + ((y[:, None] - 0.3) / 0.05) ** 2) / 2  # deviations: quarters of the sides
+    np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
+
+    module = random_clustering(dim=4, heads=1)
+    centers, tokens = torch.randn(1, 3, 4).double(), torch.randn(1, 7, 4).double()
+    prior = torch.randn(1, 7, 3).double()
+    _, plain = module(centers, tokens)
+    _, M = module(centers, tokens, prior=prior)
+    expected = plain[0, 0] * prior[0].T.exp()  # Bayes: share times prior, shared out anew
+    torch.testing.assert_close(M[0, 0], expected / expected.sum(0))
+
+
+def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
+    torch.manual_seed(0)
+    boxes = torch.rand(2, 6, 4)
+    for ours, of_image in zip(cf.overlaps(boxes), boxes):
+        corners = box_convert(of_image, "cxcywh", "xyxy")
+        torch.testing.assert_close(ours, box_iou(corners, corners) * (1 - torch.eye(6)))
+
+
+def test_the_waves_of_a_place_agree_the_less_the_farther_it_is():
+    waves = random_dense("det").decoder.waves
+    x = torch.linspace(-0.5, 0.5, 11)
+    codes = cf.encode(torch.zeros(11), x, waves)
+    product = (codes @ codes.T)[0]
+    assert codes.shape == (11, 128) and product.argmax() == 0 and (product[:4].diff() < 0).all()
+    elsewhere = cf.encode(torch.full((11,), 0.3), x - 0.2, waves)
+    torch.testing.assert_close(elsewhere @ elsewhere.T, codes @ codes.T)  # distances count, not places
+
+
+def test_best_objects_are_named_once():
+    probability = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.6, 0.2]])
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
+    scores, labels, centers = cf.best_objects(probability, boxes)
+    found = list(zip(scores.tolist(), labels.tolist(), centers.tolist()))
+    # (1, class 0) and (0, class 1) repeat a better answer at the same place; the other class there does not.
+    expected = [(0.9, 0, 0), (0.7, 1, 1), (0.6, 0, 2), (0.2, 1, 2)]
+    assert found == [(pytest.approx(s), label, center) for s, label, center in expected]
+
+
+def test_a_pixels_class_is_that_of_the_largest_sum_over_centers():
+    probability = torch.tensor([[0.6, 0.0], [0.0, 0.5], [0.0, 0.4]])
+    masks = torch.tensor([[9.0, 9.0, 9.0], [9.0, -9.0, 9.0], [-9.0, -9.0, 9.0]]).view(3, 1, 3)
+    assert cf.semantic_labels(probability, masks).tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
+
+
+def test_panoptic_segments_of_a_case_worked_by_hand():
+    rows = ["111100", "011110", "000011", "110000", "000001"]  # masks of five centers over six pixels
+    masks = torch.tensor([[9.0 if pixel == "1" else -9.0 for pixel in row] for row in rows]).view(5, 1, 6)
+    probability = torch.zeros(5, 3)
+    probability[[0, 1, 2, 3, 4], [0, 0, 2, 2, 1]] = torch.tensor([0.9, 0.5, 0.6, 0.95, 0.1])
+    ids, segments = cf.panoptic_segments(probability, masks, [True, True, False])
+    # 3 beats 0 at two pixels: 0 keeps two of its four, less than 0.6, and gets nothing.  So does 1.  4 is too unsure.
+    # 2 and 3 are stuff of one class: one segment.
+    assert ids.tolist() == [[1, 1, 0, 0, 1, 1]]
+    assert segments == [dict(id=1, label=2, isthing=False, score=pytest.approx(0.95))]
+    ids, segments = cf.panoptic_segments(probability, masks, [True, True, True])
+    assert ids.tolist() == [[2, 2, 0, 0, 1, 1]] and [s["isthing"] for s in segments] == [True, True]
+    ids, segments = cf.panoptic_segments(0.1 * probability, masks, [True] * 3)
+    assert ids.tolist() == [[0] * 6] and segments == []
+
+
+def test_masks_reach_full_size_without_what_is_in_the_padding():
+    masks = torch.full((1, 8, 8), 50.0)
+    masks[:, :3, :4] = -1.0  # the real part of an image of 11 x 13 in a batch of 32 x 32
+    full = cf.full_size(masks, (11, 13), 4, (11, 13))
+    assert full.shape == (1, 11, 13) and (full == -1).all()
+    assert cf.full_size(masks, (11, 13), 4, (22, 26)).shape == (1, 22, 26)
+
+
+def perfect_output(targets, task, classes=5, K=12):
+    """Answers in which center 2 j of each image is target j, and the others are nothing; one earlier layer alike."""
+    B, size = len(targets), 64
+    answer = dict(logits=torch.full((B, K, classes), -12.0), boxes=torch.rand(B, K, 4) * 0.1 + 0.45)
+    answer["masks"] = torch.full((B, K, size // 4, size // 4), -12.0)
+    for i, target in enumerate(targets):
+        for j, label in enumerate(target["labels"]):
+            answer["logits"][i, 2 * j, label] = 12.0
+            answer["boxes"][i, 2 * j] = target["boxes"][j] if "boxes" in target else 0.5
+            if "masks" in target:
+                covered = F.avg_pool2d(target["masks"][j].float()[None], 4)[0]
+                answer["masks"][i, 2 * j] = 24 * covered - 12
+    answer = {key: value.requires_grad_() for key, value in answer.items() if key == "logits" or key in KEYS[task]}
+    return answer | {"aux": [answer] * 3}
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_every_target_is_given_the_center_that_answers_with_it(task):
+    targets = some_targets(task, (3, 0, 2))
+    output = perfect_output(targets, task)
+    outputs = {key: torch.stack([output[key]] * 4, 1) for key in output if key != "aux"}
+    torch.manual_seed(0)
+    image, layer, center, target, weight = train.match(outputs, targets, 4)
+    last = layer == 3
+    assert image[last].tolist() == [0, 0, 0, 2, 2] and center[last].tolist() == [0, 2, 4, 0, 2]
+    assert target[last].tolist() == [0, 1, 2, 3, 4] and (weight[last] == 1).all()
+    for l, times in enumerate((4, 4, 2, 1)):  # 12 centers are enough for 4 each of 3 targets, not for 6
+        assert Counter(target[layer == l].tolist())[0] == times
+        assert weight[(layer == l) & (target == 0)].sum() == pytest.approx(1)
+        assert len(set(zip(image[layer == l].tolist(), center[layer == l].tolist()))) == (layer == l).sum()
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_losses_are_small_for_the_truth_and_do_not_depend_on_the_order_of_targets(task):
+    targets = some_targets(task, (3, 0, 2))
+    torch.manual_seed(0)
+    losses = train.dense_losses(perfect_output(targets, task) | {"aux": []}, targets, 4)
+    assert losses["label"] < 0.01 and losses.get("l1", 0) < 0.01 and losses.get("giou", 0) < 0.01
+    if task == "det":
+        model = random_dense(task)
+        output = model(torch.rand(3, 3, 64, 64))
+        turned = [{key: value.flip(0) for key, value in target.items()} for target in targets]
+        for name, value in train.dense_losses(output, targets, 4).items():
+            torch.testing.assert_close(train.dense_losses(output, turned, 4)[name], value)
+
+
+def test_the_losses_are_the_sums_that_their_names_say():
+    """One image, one layer, two targets, three centers, in NumPy."""
+    logits, boxes = torch.tensor([[[2.0, -1.0], [-1.0, 0.5], [0.3, -2.0]]]), torch.rand(1, 3, 4) * 0.2 + 0.3
+    targets = [dict(labels=torch.tensor([1, 0]), boxes=torch.rand(2, 4) * 0.2 + 0.3)]
+    losses = train.dense_losses(dict(logits=logits, boxes=boxes, aux=[]), targets, 4)
+    best = None
+    for pair in itertools.permutations(range(3), 2):
+        wanted = np.zeros((3, 2))
+        wanted[pair[0], 1] = wanted[pair[1], 0] = 1
+        p = 1 / (1 + np.exp(-logits[0].numpy()))
+        right = np.where(wanted == 1, p, 1 - p)
+        label = (np.where(wanted == 1, 0.25, 0.75) * (1 - right) ** 2 * -np.log(right)).sum()
+        l1 = sum(np.abs(boxes[0, c].numpy() - targets[0]["boxes"][t].numpy()).sum() for t, c in enumerate(pair))
+        giou = 0
+        for t, c in enumerate(pair):
+            (ax, ay, aw, ah), (bx, by, bw, bh) = boxes[0, c].tolist(), targets[0]["boxes"][t].tolist()
+            width = min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2)
+            height = min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)
+            shared = max(width, 0) * max(height, 0)
+            union = aw * ah + bw * bh - shared
+            hull = (max(ax + aw / 2, bx + bw / 2) - min(ax - aw / 2, bx - bw / 2)) * (
+                max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2)
+            )
+            giou += 1 - (shared / union - (hull - union) / hull)
+        total = 2 * label + 5 * l1 + 2 * giou
+        best = min(best, (total, 2 * label, 5 * l1, 2 * giou)) if best else (total, 2 * label, 5 * l1, 2 * giou)
+    np.testing.assert_allclose([losses[name].item() for name in ("label", "l1", "giou")], best[1:], rtol=1e-4)
+
+
+def test_masks_compared_at_points_cost_on_average_what_they_cost_at_all_pixels():
+    torch.manual_seed(0)
+    rectangles = [rectangle(20, 30, 150, 90, (256, 256)), rectangle(100, 10, 220, 250, (256, 256))]
+    target = dict(labels=torch.tensor([1, 4]), masks=torch.from_numpy(np.array(rectangles)))
+    output = dict(logits=torch.zeros(6, 5), masks=F.interpolate(torch.randn(1, 6, 4, 4), (64, 64), mode="bilinear")[0])
+    mean = torch.stack([train.matching_cost(output, target, 4) for _ in range(100)]).mean(0)
+    full = F.interpolate(output["masks"][None], scale_factor=4.0, mode="bilinear")[0]
+    for t, truth in enumerate(target["masks"].float()):
+        for k, logits in enumerate(full):
+            entropy = F.binary_cross_entropy_with_logits(logits, truth)
+            dice = 1 - 2 * (logits.sigmoid() * truth).sum() / (logits.sigmoid() + truth).sum()
+            label = 2 * (0.25 - 0.75) * 0.25 * math.log(2)
+            assert mean[t, k] == pytest.approx(label + 5 * entropy.item() + 5 * dice.item(), abs=0.03)
+
+
+def test_points_are_drawn_where_a_mask_is_uncertain():
+    masks = torch.linspace(8, -8, 16).repeat(1, 16, 1)  # the border is at x = 32 of 64 pixels
+    torch.manual_seed(0)
+    points = train.uncertain_points(masks, 400, (64, 64), (64, 64))
+    assert points.shape == (1, 400, 2) and 0 <= points.min() and points.max() < 64
+    near = ((points[..., 0] - 32).abs() < 12).float().mean()
+    assert near > 0.75  # evenly drawn, 24 of 64 would be
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_each_head_learns_one_batch_by_heart(task):
+    torch.manual_seed(0)
+    shapes = data.Shapes(100, 64, 0, "train", task)
+    images, targets = data.collate([shapes[0, i] for i in (1, 2)])
+    model = cf.ClusterFormer(task, "nano", len(shapes.classes), things=shapes.things).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(150):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 - step / 150)
+        loss = sum(train.dense_losses(model(images), targets, 4).values()) / sum(len(t["labels"]) for t in targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    for answer, target in zip(model.predict(images), targets):
+        if task in ("det", "inst"):
+            n = len(target["labels"])
+            corners = box_convert(target["boxes"], "cxcywh", "xyxy") * 64
+            overlap, found = box_iou(corners, answer["boxes"][:n]).max(1)
+            assert (overlap > 0.5).all() and torch.equal(answer["labels"][found], target["labels"])
+        else:
+            labels = answer["semantic"] if task == "sem" else torch.full((64, 64), -1)
+            for segment in answer.get("segments", []):
+                labels[answer["panoptic"] == segment["id"]] = segment["label"]
+            truth = (target["masks"] * (target["labels"] + 1).view(-1, 1, 1)).sum(0) - 1
+            assert (labels == truth)[truth >= 0].float().mean() > 0.75
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------
 def test_shapes_are_a_function_of_seed_epoch_and_index():
@@ -687,7 +988,7 @@ def refusal(read):
         (edit_json(lambda c: c["annotations"][1].update(image_id=8)), "annotation 1 is of image 8"),
         (edit_json(lambda c: c.update(annotations=c["annotations"][2:3])), "no usable annotation"),
         (edit_json(lambda c: c["annotations"][0].pop("segmentation")), "annotation 0 has no mask; --task det needs none"),
-        (edit_json(lambda c: c["images"][0].update(width=61)), "a.png: 60 x 40 pixels"),
+        (lambda root: Image.new("RGB", (61, 40)).save(root / "train2017" / "a.png"), "a.png: 61 x 40 pixels"),
     ],
 )
 def test_one_line_says_what_is_wrong_with_coco_files(tmp_path, damage, complaint):
@@ -728,6 +1029,229 @@ def test_one_line_says_what_is_wrong_with_ade_files(tmp_path, damage, complaint)
     write_ade(tmp_path)
     damage(tmp_path)
     assert complaint in refusal(lambda: data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)[0, 1])
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (20, 700), (3000, 1), (7, 5)])
+def test_any_image_is_rescaled_in_its_proportions_to_what_the_model_takes(size):
+    image = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
+    height, width = data.dense_eval_transform(800, 1333)(image).shape[-2:]
+    fits = min(800 / min(size), 1333 / max(size))
+    assert (height, width) == (max(32, round(size[0] * fits)), max(32, round(size[1] * fits)))
+    boxes = data.box_tensor([[0, 0, size[1], size[0]]], size)
+    masks = torch.ones(1, *size, dtype=torch.bool)
+    for task, crop in (("inst", 128), ("sem", 64)):
+        transform, shapes = data.dense_train_transform(task, crop), set()
+        for index in range(30):
+            with data.seeded(index):
+                image_, target = data.training_sample(image, [3], boxes, masks, transform, crop)
+            shapes.add(tuple(image_.shape[-2:]))
+            assert 32 <= min(image_.shape[-2:]) and max(image_.shape[-2:]) <= crop
+            assert target["masks"].all() and target["masks"].dtype == torch.bool and target["labels"].tolist() == [3]
+            torch.testing.assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 1, 1]]))
+        assert len(shapes) > 1 or task == "sem"  # of which the least short side is half of the crop
+
+
+def test_jitter_draws_its_factors_evenly_and_keeps_boxes_on_their_masks():
+    mask = torch.zeros(1, 100, 150, dtype=torch.bool)
+    mask[:, 20:70, 30:120] = True
+    image = tv_tensors.Image(torch.where(mask, 255, 0).to(torch.uint8).repeat(3, 1, 1))
+    jitter, factors = data.dense_train_transform("det", 600), []
+    for index in range(200):
+        with data.seeded(index):
+            image_, target = data.training_sample(image, [0], data.box_tensor([[30, 20, 120, 70]], (100, 150)), None, jitter, 2000)
+        factors.append(max(image_.shape) / 600)
+        x, y, w, h = (target["boxes"][0] * torch.tensor([*image_.shape[:0:-1]] * 2)).tolist()
+        bright = (image_[0] > 0.5).nonzero()
+        (top, left), (bottom, right) = bright.min(0).values.tolist(), (bright.max(0).values + 1).tolist()
+        np.testing.assert_allclose([x - w / 2, y - h / 2, x + w / 2, y + h / 2], [left, top, right, bottom], atol=0.6)
+    assert min(factors) < 0.15 and max(factors) > 1.95 and abs(np.mean(factors) - 1.05) < 0.1
+
+
+def test_colours_change_for_label_maps_and_the_labels_do_not(tmp_path):
+    write_ade(tmp_path)
+    plain = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
+    coloured = data.Ade(tmp_path, "train", data.dense_train_transform("sem", 64), crop=1000, seed=1)
+    shares = torch.stack([mask.float().mean() for mask in plain[0, 0][1]["masks"]])
+    for epoch in range(5):
+        image, target = coloured[epoch, 0]
+        assert 32 <= min(image.shape[-2:]) <= 128 and abs(max(image.shape) / min(image.shape[-2:]) - 1.5) < 0.1
+        assert target["labels"].tolist() == [0, 1, 2] and (target["masks"].sum(0) <= 1).all()
+        torch.testing.assert_close(target["masks"].float().mean((1, 2)), shares, atol=0.05, rtol=0)
+        assert torch.equal(image, coloured[epoch, 0][0]) and not torch.equal(image, coloured[epoch + 1, 0][0])
+
+
+def test_an_image_without_objects_is_augmented_like_any_other(tmp_path):
+    write_coco(tmp_path)
+    for task in ("det", "inst"):
+        coco = data.Coco(tmp_path, "train", task, data.dense_train_transform(task, 64), crop=64)
+        images, targets = next(iter(DataLoader(coco, batch_sampler=[[(0, 0), (0, 1)]], collate_fn=data.collate)))
+        assert isinstance(images, list) and isinstance(targets, list)
+        assert targets[0]["boxes"].shape == (0, 4) and len(targets[1]["boxes"])
+        if task == "inst":
+            assert targets[0]["masks"].shape == (0, *images[0].shape[-2:])
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_picture_that_would_fill_the_memory_is_an_unreadable_one(tmp_path, monkeypatch):
+    Image.new("L", (60, 40)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "a.png: cannot be read as an image" in refusal(lambda: data.load_image(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_with_the_next_image_and_tells_once_of_a_broken_one(folder, capfd, workers):
+    cut_in_half(folder / "train" / "cat" / "3.png")
+    (folder / "train" / "cat" / "4.png").write_text("this is no image")
+    (folder / "train" / "dog" / "7.png").write_bytes(b"")  # the last of all: the first one is next
+    images = data.Folder(folder, "train", data.train_transform(32, 0, 0))
+    whole = data.SkipBroken(images)
+    keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
+    batches = list(DataLoader(whole, batch_sampler=keys, num_workers=workers))
+    for epoch, (pixels, labels) in enumerate(batches):
+        for index, instead in ((2, 2), (3, 5), (4, 5), (15, 0)):
+            assert torch.equal(pixels[index], images[epoch, instead][0]) and labels[index] == images[epoch, instead][1]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert [any(name in line for line in told) for name in ("cat/3.png", "cat/4.png", "dog/7.png")] == [True] * 3
+    assert len(set(told)) == 3 and whole.broken.nonzero().flatten().tolist() == [3, 4, 15]
+    assert workers or len(told) == 3
+
+
+def break_panoptic(root):
+    cut_in_half(root / "annotations" / "panoptic_train2017" / "a.png")
+
+
+def second_panoptic_image_without_sky(content):
+    entry = content["annotations"][0]
+    content["images"].append(content["images"][0] | dict(id=0))
+    content["annotations"].append(entry | dict(image_id=0, segments_info=entry["segments_info"][1:]))
+
+
+@pytest.mark.parametrize("task", ["inst", "det", "sem", "pan"])
+def test_dense_training_goes_on_too(tmp_path, capfd, task):
+    if task == "sem":
+        write_ade(tmp_path)
+        cut_in_half(tmp_path / "annotations" / "training" / "a.png")
+        dataset = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
+    elif task == "pan":
+        write_panoptic(tmp_path)
+        edit_json(second_panoptic_image_without_sky, "panoptic")(tmp_path)
+        dataset = data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)
+    else:
+        write_coco(tmp_path)
+        Image.new("RGB", (61, 40)).save(tmp_path / "train2017" / "b.png")
+        dataset = data.Coco(tmp_path, "train", task, AS_IT_IS, crop=1000)
+    whole = data.SkipBroken(dataset)
+    assert torch.equal(whole[0, 0][0], whole[0, 1][0]) and whole.broken.tolist() == [True, False]
+    assert capfd.readouterr().err.count("skipped: ") == 1
+
+
+def test_many_broken_images_are_an_error(folder):
+    for name in ("cat", "dog"):
+        for i in range(8):
+            if (name, i) != ("dog", 7):
+                cut_in_half(folder / "train" / name / f"{i}.png")
+    images = data.Folder(folder, "train", data.train_transform(32, 0, 0))
+    assert "11 of 16 training images are broken, the last: " in refusal(lambda: data.SkipBroken(images)[0, 0])
+    images.paths = images.paths[:3]
+    assert "3 of 3 training images are broken" in refusal(lambda: data.SkipBroken(images)[0, 1])
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda root: (root / "annotations" / "instances_train2017.json").write_text("[]"), "it has no images, categories, annotations"),
+        (lambda root: (root / "annotations" / "instances_train2017.json").write_text("7"), "not in COCO's format"),
+        (edit_json(lambda c: c.update(images={})), "it has no images"),
+        (edit_json(lambda c: c["annotations"][1].pop("image_id")), "annotations[1] has no usable image_id"),
+        (edit_json(lambda c: c["annotations"][1].pop("category_id")), "annotations[1] has no usable category_id"),
+        (edit_json(lambda c: c["annotations"][1].pop("bbox")), "annotations[1] has no usable bbox"),
+        (edit_json(lambda c: c["annotations"].insert(1, None)), "annotations[1] has no usable image_id, category_id, bbox"),
+        (edit_json(lambda c: c["annotations"][1].update(bbox=[1, 2, 3])), "annotation 1 has bbox [1, 2, 3], which is not four"),
+        (edit_json(lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None])), "annotation 1 has bbox [1, 2, 3, None]"),
+        (edit_json(lambda c: c["images"][1].pop("file_name")), "images[1] has no usable file_name"),
+        (edit_json(lambda c: c["images"][1].update(height="40")), "images[1] has no usable height"),
+        (edit_json(lambda c: c["images"][1].update(id=5)), "two images, or two categories, have the same id"),
+        (edit_json(lambda c: c["categories"][1].pop("name")), "categories[1] has no usable name"),
+        (edit_json(lambda c: c["annotations"][1]["segmentation"].update(size=[60, 40])), "annotation 1 has a mask that is neither"),
+        (edit_json(lambda c: c["annotations"][1]["segmentation"].update(counts=[7, 9])), "annotation 1 has a mask that is neither"),
+        (edit_json(lambda c: c["annotations"][1].update(segmentation=[1, 2, 3, 4, 5, 6])), "annotation 1 has a mask that is neither"),
+        (edit_json(lambda c: c["annotations"][0].update(segmentation=[[math.nan] * 6])), "a mask of image 5, a.png, is broken"),
+        (edit_json(lambda c: c["annotations"][0].update(segmentation=[["x"] * 6])), "a mask of image 5, a.png, is broken"),
+    ],
+)
+def test_one_line_says_which_entry_of_a_coco_file_is_wrong(tmp_path, damage, complaint):
+    write_coco(tmp_path)
+    damage(tmp_path)
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1])
+
+
+def test_objects_of_no_area_are_left_out_and_counted(tmp_path):
+    write_coco(tmp_path)
+    nothing = [[60, 0, 5, 5], [-9, 0, 9, 5], [math.nan, 0, 5, 5], [9, 9, -5, 5], [9, 9, 5, 0]]
+    edit_json(lambda c: c["annotations"].extend(c["annotations"][0] | dict(id=9, bbox=bbox) for bbox in nothing))(tmp_path)
+    edit_json(lambda c: c["annotations"].append(c["annotations"][0] | dict(id=9, segmentation=[[10, 5, 30, 5]])))(tmp_path)
+    assert data.Coco(tmp_path, "train", "det", AS_IT_IS, crop=1000).dropped == 6
+    coco = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)
+    assert coco.dropped == 7 and len(coco[0, 1][1]["labels"]) == 3  # a line has no area, either
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (edit_json(lambda c: c["annotations"][0].pop("segments_info"), "panoptic"), "annotations[0] has no usable segments_info"),
+        (edit_json(lambda c: c["annotations"][0]["segments_info"][1].pop("id"), "panoptic"), "a segment of annotations[0] has no usable id"),
+        (edit_json(lambda c: c["annotations"][0].update(segments_info=[]), "panoptic"), "no usable annotation"),
+        (edit_json(lambda c: c["annotations"][0].update(file_name="b.png"), "panoptic"), "image 1, b.png, is not in"),
+        (break_panoptic, "a.png: cannot be read as an image"),
+    ],
+)
+def test_one_line_says_which_entry_of_a_panoptic_file_is_wrong(tmp_path, damage, complaint):
+    write_panoptic(tmp_path)
+    damage(tmp_path)
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)[0, 0])
+
+
+def test_panoptic_training_on_instances_alone_is_refused(tmp_path):
+    write_coco(tmp_path)
+    complaint = refusal(lambda: data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000))
+    assert "panoptic_train2017.json: not there, only" in complaint and "which --task det and --task inst read" in complaint
+
+
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda maps: [Image.new("L", (60, 40)).save(path) for path in maps.iterdir()], "not one labelled pixel"),
+        (lambda maps: [path.write_bytes(b"") for path in maps.iterdir()], "not one labelled pixel"),
+        (lambda maps: Image.new("RGB", (60, 40)).save(maps / "b.png"), "b.png: colours in it"),
+        (lambda maps: (maps.parents[1] / "objectInfo150.txt").write_text(""), "objectInfo150.txt: no classes in it"),
+    ],
+)
+def test_one_line_says_what_is_wrong_with_label_maps(tmp_path, damage, complaint):
+    write_ade(tmp_path)
+    damage(tmp_path / "annotations" / "training")
+    assert complaint in refusal(lambda: data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)[0, 1])
+
+
+def test_in_evaluation_a_label_map_of_another_size_is_an_error_and_other_files_are_not_images(tmp_path):
+    write_ade(tmp_path)
+    (tmp_path / "images" / "validation" / ".DS_Store").write_bytes(b"")
+    ade = data.Ade(tmp_path, "val", data.dense_eval_transform(64, 256))
+    assert len(ade) == 2 and ade[0, 1][0].shape == (3, 64, 96)
+    Image.new("L", (50, 40), 1).save(tmp_path / "annotations" / "validation" / "b.png")
+    assert "its label map has 50 x 40" in refusal(lambda: ade[0, 1])
+
+
+def test_the_truth_given_as_prediction_is_perfect_also_where_ids_start_at_0(tmp_path):
+    write_coco(tmp_path)
+    edit_json(lambda c: [entry.pop("area") for entry in c["annotations"]])(tmp_path)
+    edit_json(lambda c: [entry.pop("iscrowd") for entry in c["annotations"] if not entry["iscrowd"]])(tmp_path)
+    truth = data.Coco(tmp_path, "train", "inst", None).coco()
+    found = [dict(entry, score=0.5) for entry in truth.anns.values() if not entry["iscrowd"]]
+    for kind in ("bbox", "segm"):
+        assert plain_figures(truth, [dict(entry) for entry in found], kind)[0] == pytest.approx(1)
 
 
 def test_shapes_tell_the_same_of_a_scene_for_every_task():
@@ -864,6 +1388,32 @@ def test_two_processes_give_the_gradients_of_one_with_both_batches(tmp_path):
         assert torch.equal(first[name], second[name])
 
 
+def dense_gradients(parts, world_size=1):
+    """Gradients of a det model for the images of `parts`, divided as in train.py."""
+    model = random_dense("det").train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    shapes = data.Shapes(100, 48, 0, "train", "det")
+    images, targets = data.collate([shapes[0, i] for i in parts])
+    for target in targets:
+        target["labels"] %= 5
+    total = torch.tensor(float(sum(len(target["labels"]) for target in targets)))
+    if world_size > 1:
+        dist.all_reduce(total)
+    (sum(train.dense_losses(wrapped(images), targets, 4).values()) * world_size / total).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def dense_gradients_of_half(rank):
+    return dense_gradients([range(3), range(3, 6)][rank], 2)
+
+
+def test_two_processes_divide_the_losses_by_the_targets_of_both(tmp_path):
+    first, second = on_two_processes(dense_gradients_of_half, tmp_path)
+    for name, expected in dense_gradients(range(6)).items():
+        torch.testing.assert_close(first[name], expected, atol=1e-4, rtol=1e-3)
+        assert torch.equal(first[name], second[name])
+
+
 def evaluate_a_part(rank):
     return evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=7)
 
@@ -876,7 +1426,7 @@ def test_evaluation_on_two_processes_is_exact(tmp_path):
 
 def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
     monkeypatch.setitem(evaluation.PEERS, "nano", ())
-    rows = evaluation.benchmark("nano", 64, 2, torch.device("cpu"), rounds=2)
+    rows = evaluation.benchmark("nano", "cls", (64, 64), 2, torch.device("cpu"), rounds=2)
     model = cf.ClusterFormer("cls", "nano")
     assert rows[0]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     with FlopCounterMode(display=False) as counter:
@@ -889,10 +1439,14 @@ def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
     evaluation.print_benchmark(rows)
     assert "(1.00x)" in capsys.readouterr().out
     assert evaluation.loading_speed(folder, 32, images=4) > 0
+    (row,) = evaluation.benchmark("nano", "inst", (64, 80), 1, torch.device("cpu"), rounds=1)
+    assert row["model"] == "nano inst" and row["eager training"]["images_per_second"] > 0 and row["memory"][0] < row["memory"][1]
 
 
 def test_top1_and_top5_are_what_they_say():
     class Fixed(torch.nn.Module):
+        task = "cls"
+
         def forward(self, images):
             return {"logits": images[:, 0, 0]}
 
@@ -909,6 +1463,278 @@ def test_top1_and_top5_are_what_they_say():
     ranks = [(row > row[label]).sum().item() for row, label in zip(logits[:, 0, 0], labels)]
     metrics = evaluation.evaluate(Fixed(), Rows(), torch.device("cpu"), batch_size=8)
     assert metrics == {"top1": sum(r < 1 for r in ranks) / 50, "top5": sum(r < 5 for r in ranks) / 50, "images": 50}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation of the dense tasks, of models that know the truth and tell as much of it as a test wants
+# ---------------------------------------------------------------------------------------------------------------
+CPU = torch.device("cpu")
+
+
+def truth_as_prediction(dataset, task, index, score=1.0):
+    """What a model that makes no mistake would predict for an image; pixels without annotation get class 0."""
+    if task == "sem":
+        return dict(semantic=dataset.label_map(index).clamp(min=0))
+    if task == "pan":
+        ids, entries = dataset.segments(index)
+        label = [dataset.categories.index(entry["category_id"]) for entry in entries]
+        segments = [
+            dict(id=entry["id"], label=c, isthing=dataset.things[c], score=score)
+            for entry, c in zip(entries, label)
+            if not entry["iscrowd"]
+        ]
+        return dict(panoptic=ids, segments=segments)
+    coco = dataset.coco()
+    entries = [entry for entry in coco.imgToAnns[evaluation.identity(dataset, index)[1]] if not entry.get("iscrowd")]
+    labels = [dataset.categories.index(entry["category_id"]) for entry in entries]
+    x, y, w, h = torch.tensor([entry["bbox"] for entry in entries]).float().view(-1, 4).unbind(1)
+    prediction = dict(labels=torch.tensor(labels, dtype=torch.int64), boxes=torch.stack([x, y, x + w, y + h], 1))
+    prediction["scores"] = torch.full((len(labels),), score)
+    if task == "inst":
+        height, width = dataset[0, index][1]["size"]
+        masks = [torch.from_numpy(coco.annToMask(entry)).bool() for entry in entries]
+        prediction["masks"] = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
+    return prediction
+
+
+def half_right(dataset, task, index):
+    """The truth with mistakes, a function of the index: wrong classes, boxes and masks that are off, scores with ties."""
+    prediction, rng = truth_as_prediction(dataset, task, index), np.random.default_rng(index)
+    if task == "sem":
+        return dict(semantic=prediction["semantic"].roll(index % 7, 1))
+    if task == "pan":
+        return dict(panoptic=prediction["panoptic"].roll(index % 7, 1), segments=prediction["segments"])
+    n = len(prediction["labels"])
+    prediction["boxes"] += torch.from_numpy(rng.integers(-3, 4, (n, 4))).float()
+    prediction["labels"][rng.random(n) < 0.2] = 0
+    prediction["scores"] = torch.from_numpy(rng.choice([0.9, 0.6, 0.3], n)).float().sort(descending=True).values
+    if task == "inst":
+        prediction["masks"] = prediction["masks"].roll(int(rng.integers(-3, 4)), 1)
+    return prediction
+
+
+class Oracle(torch.nn.Module):
+    """Predicts answer(dataset, task, index) for an image that it recognises by its pixels."""
+
+    def __init__(self, dataset, task, answer=truth_as_prediction):
+        super().__init__()
+        self.task = task
+        self.answers = {dataset[0, i][0].numpy().tobytes(): answer(dataset, task, i) for i in range(len(dataset))}
+
+    def predict(self, images, sizes=None):
+        answers = [self.answers[image.numpy().tobytes()] for image in images]
+        for answer, size in zip(answers, sizes):
+            for name in answer.keys() & {"semantic", "panoptic", "masks"}:
+                assert answer[name].shape[-2:] == size
+        return answers
+
+
+def dense_metrics(task, answer=truth_as_prediction, length=6, **arguments):
+    dataset = data.Shapes(length, 96, 0, "val", task)
+    return evaluation.evaluate(Oracle(dataset, task, answer), dataset, CPU, **{"batch_size": 4} | arguments)
+
+
+def plain_figures(truth, results, kind="bbox"):
+    """COCO's twelve, from pycocotools as anyone would call it."""
+    judge = COCOeval(truth, truth.loadRes(results), kind)
+    judge.evaluate(), judge.accumulate(), judge.summarize()
+    return judge.stats.tolist()
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_the_truth_scores_one(task):
+    metrics = dense_metrics(task)
+    assert metrics.pop("images") == 6
+    assert metrics[evaluation.METRIC[task]] == pytest.approx(1)
+    for name, value in metrics.items():
+        if not name.endswith(("AR1", "APl", "ARl")):  # one guess an image finds one thing; none is as large as COCO's large
+            assert value == pytest.approx(1) or math.isnan(value), name
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_pixels_that_are_not_annotated_do_not_spoil_it(tmp_path, task):
+    if task == "sem":
+        write_ade(tmp_path)
+        dataset = data.Ade(tmp_path, "val", v2.Resize(20))
+    elif task == "pan":
+        write_panoptic(tmp_path, "val")
+        dataset = data.Coco(tmp_path, "val", "pan", v2.Resize(20))
+    else:
+        write_coco(tmp_path, "val")
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "val2017" / "b.png")
+        dataset = data.Coco(tmp_path, "val", task, v2.Resize(20))
+    metrics = evaluation.evaluate(Oracle(dataset, task), dataset, CPU)
+    assert metrics[evaluation.METRIC[task]] == pytest.approx(1) and metrics["images"] == len(dataset)
+
+
+def test_crowds_are_treated_as_coco_treats_them(tmp_path):
+    """What lies in a crowd is neither right nor wrong, whatever its score; what does not is wrong."""
+    write_coco(tmp_path, "val")
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [content["annotations"][i] for i in (1, 2)]
+    content["annotations"][1].update(bbox=[0, 0, 30, 40], segmentation=runs(rectangle(0, 0, 40, 30)))
+    del content["annotations"][0]["area"], content["annotations"][0]["iscrowd"]  # as files of other tools may be
+    path.write_text(json.dumps(content))
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "val2017" / "b.png")
+    dataset = data.Coco(tmp_path, "val", "inst", v2.Resize(20))
+
+    def ap(left):
+        def answer(dataset, task, index):
+            prediction = truth_as_prediction(dataset, task, index, 0.5)
+            if len(prediction["labels"]):
+                prediction["labels"] = torch.cat([torch.tensor([0]), prediction["labels"]])
+                prediction["scores"] = torch.cat([torch.tensor([0.9]), prediction["scores"]])
+                more = torch.tensor([[left, 5.0, left + 8, 15.0]])
+                prediction["boxes"] = torch.cat([more, prediction["boxes"]])
+                mask = torch.from_numpy(rectangle(5, left, 15, left + 8))
+                prediction["masks"] = torch.cat([mask[None], prediction["masks"]])
+            return prediction
+
+        metrics = evaluation.evaluate(Oracle(dataset, "inst", answer), dataset, CPU)
+        return metrics["box_AP"], metrics["mask_AP"]
+
+    assert ap(10) == (pytest.approx(1), pytest.approx(1)) and ap(50) == (pytest.approx(0.5), pytest.approx(0.5))
+
+
+def test_boxes_that_are_off_have_the_average_precision_of_pycocotools():
+    def shifted(dataset, task, index):
+        prediction = truth_as_prediction(dataset, task, index, 0.5 + 0.01 * index)
+        prediction["boxes"] += torch.tensor([index, 0, index, 0])
+        return prediction
+
+    dataset = data.Shapes(6, 96, 0, "val", "det")
+    metrics = evaluation.evaluate(Oracle(dataset, "det", shifted), dataset, CPU, batch_size=4)
+    truth = dataset.coco()
+    results = []
+    for entry in truth.dataset["annotations"]:
+        (x, y, w, h), i = entry["bbox"], entry["image_id"]
+        results.append(dict(image_id=i, category_id=entry["category_id"], bbox=[x + i, y, w, h], score=0.5 + 0.01 * i))
+    expected = [value if value >= 0 else math.nan for value in plain_figures(truth, results)]
+    assert 0.2 < expected[0] < 0.9
+    np.testing.assert_allclose([metrics[name] for name in evaluation.COCO_FIGURES], expected)
+
+
+@pytest.mark.parametrize("task", ["det", "inst", "pan"])
+def test_no_predictions_score_zero(task):
+    def nothing(dataset, task, index):
+        prediction = truth_as_prediction(dataset, task, index)
+        if task == "pan":
+            return dict(panoptic=torch.zeros_like(prediction["panoptic"]), segments=[])
+        return {name: value[:0] for name, value in prediction.items()}
+
+    assert dense_metrics(task, nothing, length=3)[evaluation.METRIC[task]] == 0
+
+
+def test_where_there_is_nothing_to_find_there_is_no_figure(monkeypatch):
+    dataset = data.Shapes(2, 96, 0, "val", "det")
+    model, image = Oracle(dataset, "det"), dataset.scene(0, 0)[0]
+    model.answers = {dataset[0, 0][0].numpy().tobytes(): next(iter(model.answers.values()))}
+    monkeypatch.setattr(dataset, "scene", lambda epoch, index: (image, [], None))
+    metrics = evaluation.evaluate(model, dataset, CPU)
+    assert metrics.pop("images") == 2 and all(math.isnan(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("task", ["det", "inst"])
+def test_saved_predictions_have_the_same_figures(tmp_path, task):
+    metrics = dense_metrics(task, half_right, save=str(tmp_path / "found.json"))
+    truth = data.Shapes(6, 96, 0, "val", task).coco()
+    assert 0.2 < metrics[evaluation.METRIC[task]] < 0.9
+    prefixes = {"bbox": ""} if task == "det" else {"bbox": "box_", "segm": "mask_"}
+    for kind, prefix in prefixes.items():
+        results = json.loads((tmp_path / "found.json").read_text())
+        for result in results if kind == "segm" else []:
+            del result["bbox"]  # or pycocotools takes a mask to be as large as its box
+        expected = [value if value >= 0 else math.nan for value in plain_figures(truth, results, kind)]
+        np.testing.assert_array_equal([metrics[prefix + name] for name in evaluation.COCO_FIGURES], expected)
+
+
+def test_saved_predictions_have_the_numbers_of_the_files(tmp_path):
+    write_coco(tmp_path, "val")
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "val2017" / "b.png")
+    dataset = data.Coco(tmp_path, "val", "det", v2.Resize(20))
+    evaluation.evaluate(Oracle(dataset, "det"), dataset, CPU, save=str(tmp_path / "found.json"))
+    first = json.loads((tmp_path / "found.json").read_text())[0]
+    assert first == dict(image_id=5, category_id=90, bbox=[10, 5, 20, 10], score=1)
+
+
+def test_saved_panoptic_maps_are_read_back_the_same(tmp_path):
+    (tmp_path / "coco").mkdir()
+    ids = write_panoptic(tmp_path / "coco", "val")
+    images, path = tmp_path / "coco" / "val2017", tmp_path / "coco" / "annotations" / "panoptic_val2017.json"
+    (images / "more").mkdir()
+    (images / "a.png").rename(images / "more" / "a.png")
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "more/../more/a.png"  # must not say where things are written
+    path.write_text(json.dumps(content))
+    dataset = data.Coco(tmp_path / "coco", "val", "pan", v2.Resize(20))
+    evaluation.evaluate(Oracle(dataset, "pan"), dataset, CPU, save=str(tmp_path / "found.json"))
+    (entry,) = json.loads((tmp_path / "found.json").read_text())["annotations"]
+    assert entry["image_id"] == 1 and entry["file_name"] == "more_.._more_a.png"
+    pixels = np.asarray(Image.open(tmp_path / "found" / entry["file_name"])).astype(int)
+    assert np.array_equal(pixels @ [1, 256, 65536], ids)
+    segments = {segment["id"]: segment for segment in entry["segments_info"]}
+    assert segments[258] == dict(id=258, category_id=1, area=80, bbox=[0, 12, 10, 8], iscrowd=0)
+    assert {number: segment["category_id"] for number, segment in segments.items()} == {70000: 40, 258: 1, 3: 1}
+
+
+def test_saved_label_maps_are_those_of_ade(tmp_path):
+    write_ade(tmp_path)
+    dataset = data.Ade(tmp_path, "val", v2.Resize(20))
+    evaluation.evaluate(Oracle(dataset, "sem"), dataset, CPU, save=str(tmp_path / "found"))
+    for index, name in enumerate(("a.png", "b.png")):
+        saved = torch.from_numpy(np.asarray(Image.open(tmp_path / "found" / name)).astype(int))
+        assert torch.equal(saved, dataset.label_map(index).clamp(min=0) + 1)
+
+
+def test_a_label_map_of_other_sides_is_refused_in_evaluation(tmp_path):
+    write_ade(tmp_path)
+    dataset = data.Ade(tmp_path, "val", v2.Resize(20))
+    model = Oracle(dataset, "sem")
+    Image.new("L", (50, 40), 1).save(tmp_path / "annotations" / "validation" / "b.png")
+    assert "b.jpg: 60 x 40 pixels, its label map has 50 x 40" in refusal(lambda: evaluation.evaluate(model, dataset, CPU))
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_dense_images_are_judged_in_the_size_of_their_files_whatever_the_model_sees(tmp_path, task):
+    dict(sem=write_ade, pan=lambda root: write_panoptic(root, "val")).get(task, lambda root: write_coco(root, "val"))(tmp_path)
+    dataset = evaluation.validation_set(tmp_path, 32, task)
+    image, target = dataset[0, 0]
+    assert image.shape == (3, 32, 48) and target["size"] == (40, 60)
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_the_command_line_prints_figures_and_classes(tmp_path, capsys, monkeypatch, task):
+    dataset = data.Shapes(500, 96, 0, "val", task)
+    small = data.Shapes(5, 96, 0, "val", task)
+    monkeypatch.setattr(evaluation, "validation_set", lambda data, size, *rest: small if size == 96 else None)
+    settings = dict(task=task, image_size=48, test_size=96, data=None)
+    checkpoint = dict(settings=settings, classes=dataset.classes)
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda path: (Oracle(small, task, half_right), checkpoint))
+    figures = tmp_path / "figures.json"
+    printed = call(evaluation, capsys, "--checkpoint", "some.pt", "--per-class", "--workers", 0, "--json", figures)
+    assert {line.split()[0] for line in printed.splitlines()} >= set(dataset.classes)
+    metrics = json.loads(figures.read_text())
+    assert evaluation.describe(metrics, task) + " of 5 images\n" in printed and "paper" not in printed
+    assert [row["class"] for row in metrics["per_class"]] == dataset.classes
+    main = {"det": "AP", "inst": "mask_AP", "sem": "IoU", "pan": "PQ"}[task]
+    assert np.nanmean([row[main] for row in metrics["per_class"]]) == pytest.approx(metrics[evaluation.METRIC[task]])
+
+
+def test_beside_figures_on_the_papers_data_stand_the_papers(capsys):
+    evaluation.print_metrics(dict(miou=0.5, pixel_accuracy=0.8, images=2000), "sem", compare=True)
+    assert capsys.readouterr().out == "mIoU 0.500, pixel accuracy 0.800 of 2000 images (the paper's Small: 0.524)\n"
+
+
+def dense_metrics_of_a_part(rank):
+    return {task: dense_metrics(task, half_right, length=11, batch_size=3, per_class=True) for task in DENSE}
+
+
+def test_dense_evaluation_on_two_processes_is_exact(tmp_path):
+    expected = {task: dense_metrics(task, half_right, length=11, batch_size=7, per_class=True) for task in DENSE}
+    assert all(0.1 < expected[task][evaluation.METRIC[task]] < 0.9 for task in DENSE)
+    for part in on_two_processes(dense_metrics_of_a_part, tmp_path):
+        assert repr(part) == repr(expected)  # to the last bit; and nan is nan
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1004,6 +1830,73 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("task", DENSE)
+def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch, task):
+    monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(24, *rest))
+    monkeypatch.setattr(evaluation, "Shapes", lambda length, *rest, **more: data.Shapes(5, *rest, **more))
+    out = tmp_path / "run"
+    quick = ["--task", task, "--image-size", 48, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--out", out]
+    printed = call(train, capsys, *quick)
+    assert "5 images that it never saw" in printed
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6] and all(math.isfinite(line["loss"]) for line in lines)
+    names = {"label"} | ({"l1", "giou"} if "boxes" in KEYS[task] else set()) | ({"mask", "dice"} if task != "det" else set())
+    parts = [value for name, value in lines[0].items() if name.startswith("loss_")]
+    assert {f"loss_{name}" for name in names} <= lines[0].keys() and sum(parts) == pytest.approx(lines[0]["loss"])
+    printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--json", tmp_path / "figures.json", "--batch-size", 2)
+    saved, figures = (json.loads(path.read_text()) for path in (out / "metrics.json", tmp_path / "figures.json"))
+    assert saved.keys() == figures.keys()
+    for name in saved:
+        assert saved[name] == pytest.approx(figures[name], abs=1e-3, nan_ok=True)
+    model, checkpoint = cf.load_checkpoint(out / "last.pt")
+    assert checkpoint["classes"] == data.Shapes(1, 48, 0, "val", task).classes
+    (answer,) = model.predict([torch.rand(3, 40, 56)])
+    for name in ("masks", "semantic", "panoptic"):
+        assert name not in answer or answer[name].shape[-2:] == (40, 56)
+
+
+def coco_folder(root):
+    for split in ("train", "val"):
+        write_coco(root, split)
+    return root
+
+
+def test_own_objects_start_from_a_checkpoint_with_a_slow_backbone(tmp_path, capsys, monkeypatch, checkpoint):
+    coco_folder(tmp_path)
+    seen = {}
+    monkeypatch.setattr(train, "parameter_groups", lambda *arguments: seen.update(rate=arguments[2]) or groups(*arguments))
+    out = tmp_path / "run"
+    arguments = ["--task", "inst", "--data", tmp_path, "--variant", "nano", "--image-size", 64, "--test-size", 48]
+    arguments += ["--batch-size", 2, "--epochs", 2, "--init", checkpoint, "--workers", 0, "--out", out]
+    printed = call(train, capsys, *arguments)
+    assert "1 objects without area are left out" in printed and "new: decoder." in printed
+    assert seen["rate"] == 0.1 and len((out / "log.jsonl").read_text().splitlines()) == 2
+    printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--per-class")
+    assert "mask AP" in printed and "kite" in printed
+
+
+groups = train.parameter_groups
+
+
+def test_the_backbone_learns_slowly_and_vectors_do_not_decay():
+    model = random_dense("det")
+    rows = train.parameter_groups(model, 0.05, 0.1)
+    assert sum(len(row["params"]) for row in rows) == len(list(model.parameters()))
+    backbone = {id(p) for p in model.backbone.parameters()}
+    for row in rows:
+        assert {p.ndim > 1 for p in row["params"]} == {row["weight_decay"] > 0}
+        assert {id(p) in backbone for p in row["params"]} == {row["rate"] == 0.1}
+
+
+def test_schedules_fall_as_they_say():
+    rates = {name: [train.learning_rate(step, 110, 10, 1.0, name) for step in range(110)] for name in train.SCHEDULES}
+    for rate in rates.values():
+        np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10)
+        assert (np.diff(rate[10:]) <= 0).all()
+    assert rates["cosine"][60] == pytest.approx(0.5) and rates["poly"][60] == pytest.approx(0.5**0.9)
+    assert [rates["step"][step] for step in (99, 100, 104, 105)] == [1, 0.1, 0.1, 0.01]
+
+
 def without_train(root):
     (root / "train").rename(root / "training")
 
@@ -1083,14 +1976,14 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
     torch.save({"weights": torch.zeros(2)}, other)
     task = tmp_path / "task.pt"
     content = torch.load(checkpoint)
-    torch.save(content | {"settings": content["settings"] | {"task": "det"}}, task)
+    torch.save(content | {"settings": content["settings"] | {"task": "depth"}}, task)
     fewer = tmp_path / "fewer.pt"
     torch.save(content | {"classes": ["cat", "dog"]}, fewer)
     for arguments, complaint in [
         (["--checkpoint", tmp_path / "none.pt"], "no such checkpoint"),
         (["--checkpoint", half], "half.pt: not a readable checkpoint"),
         (["--checkpoint", other], "other.pt: not a checkpoint of train.py"),
-        (["--checkpoint", task], "task must be 'cls', got 'det'"),
+        (["--checkpoint", task], "task must be one of cls, det, inst, sem, pan, got 'depth'"),
         (["--checkpoint", fewer], "fewer.pt: its weights are not those of a nano with 2 classes"),
         (["--checkpoint", checkpoint, "--data", folder], "2 classes that the model is not trained for: cat, dog"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], "nowhere: no such folder"),
