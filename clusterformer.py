@@ -588,10 +588,14 @@ class SegmentationHead(nn.Module):
     """The mask of a center: where the pixels' embeddings point its way.
 
         masks = MLP(C) . P        P: the finest map of the neck, seen once more with its neighbours
+
+    In training, pixels also name their classes themselves.  A mask and the class of its center have to find each other
+    first, and until then tell the pixels little; their own classes tell them at once what is to be told apart.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim, num_classes):
         super().__init__()
+        self.classifier = nn.Linear(dim, num_classes)
         self.neighbours = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.mlp = mlp(dim, TOKEN_RATIO)
         self.pixel = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
@@ -629,7 +633,7 @@ class Decoder(nn.Module):
         self.classifier = nn.Linear(dim, num_classes)
         nn.init.constant_(self.classifier.bias, -math.log(99))  # p = 0.01: most centers are of no class, and start so
         self.detection = DetectionHead(dim) if task in ("det", "inst") else None
-        self.segmentation = SegmentationHead(dim) if task != "det" else None
+        self.segmentation = SegmentationHead(dim, num_classes) if task != "det" else None
 
     def answer(self, centers, anchors, pixels, center_mask):
         """What centers (B, K, D) say, a dictionary: "logits" and, as the task has them, "boxes" and "masks"."""
@@ -667,6 +671,8 @@ class Decoder(nn.Module):
             if not self.detection:
                 boxes = moments(assignment.mean(1), layouts[level])
             answers.append(self.answer(centers, boxes, pixels, grid.centers))
+        if self.training and self.segmentation:
+            answers[-1]["pixels"] = self.segmentation.classifier(pixels).permute(0, 3, 1, 2)
         return answers
 
 
@@ -795,6 +801,7 @@ class ClusterFormer(nn.Module):
             "boxes"   (B, K, 4)        det, inst: centre x, y, width, height, in fractions of the image without padding
             "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for earlier layers, first to last
+            "pixels"  (B, classes, H/4, W/4), in training, with masks: logits of the pixels' own classes, for softmax
         Checks shapes and dtype (ValueError), not the range of values: that would wait for the GPU at every step.
         """
         check_images(images)

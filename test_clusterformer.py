@@ -453,6 +453,23 @@ def test_every_parameter_of_a_dense_model_gets_a_gradient_also_from_images_witho
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("task", DENSE)
+def test_dense_tasks_under_bfloat16_autocast_are_close(task):
+    model = random_dense(task)
+    images = [torch.rand(3, 64, 80), torch.rand(3, 96, 50)]
+    with torch.no_grad():
+        exact = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(images)
+            assert len(model.predict(images)) == 2
+    for key in KEYS[task] | {"logits"}:
+        assert (rough[key].float() - exact[key]).abs().mean() < 0.1 * exact[key].abs().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = train.dense_losses(model.train()(images), some_targets(task), 4)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 def test_moments_are_the_box_of_an_even_cluster():
     layout = cf.layout_of(20, 30)
     mask = torch.zeros(2, 20, 30)
@@ -634,6 +651,16 @@ def test_masks_compared_at_points_cost_on_average_what_they_cost_at_all_pixels()
             dice = 1 - 2 * (logits.sigmoid() * truth).sum() / (logits.sigmoid() + truth).sum()
             label = 2 * (0.25 - 0.75) * 0.25 * math.log(2)
             assert mean[t, k] == pytest.approx(label + 5 * entropy.item() + 5 * dice.item(), abs=0.03)
+
+
+def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
+    masks = torch.zeros(2, 16, 16, dtype=torch.bool)
+    masks[0, :8], masks[1, 12:, 12:] = True, True
+    pixels = torch.randn(1, 3, 4, 4)
+    output = dict(logits=torch.zeros(1, 4, 3), masks=torch.zeros(1, 4, 4, 4), pixels=pixels, aux=[])
+    loss = train.dense_losses(output, [dict(labels=torch.tensor([2, 0]), masks=masks)], 4)["pixel"]
+    cost = -np.log(softmax(pixels[0].numpy(), axis=0))
+    assert loss.item() == pytest.approx(2 * (cost[2, :2].mean() + cost[0, 3, 3]), rel=1e-4)
 
 
 def test_points_are_drawn_where_a_mask_is_uncertain():
@@ -1840,7 +1867,8 @@ def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch,
     assert "5 images that it never saw" in printed
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and all(math.isfinite(line["loss"]) for line in lines)
-    names = {"label"} | ({"l1", "giou"} if "boxes" in KEYS[task] else set()) | ({"mask", "dice"} if task != "det" else set())
+    names = {"label"} | ({"l1", "giou"} if "boxes" in KEYS[task] else set())
+    names |= {"mask", "dice", "pixel"} if "masks" in KEYS[task] else set()
     parts = [value for name, value in lines[0].items() if name.startswith("loss_")]
     assert {f"loss_{name}" for name in names} <= lines[0].keys() and sum(parts) == pytest.approx(lines[0]["loss"])
     printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--json", tmp_path / "figures.json", "--batch-size", 2)

@@ -188,7 +188,7 @@ def parameter_groups(model, weight_decay, backbone_rate):
 # Losses.  All are sums: what they are divided by, the images or targets of the global batch, no process knows alone
 # ---------------------------------------------------------------------------------------------------------------
 REPEATS = 6, 4, 2  # centers that a target has in the first layers; in the others, and always in the last, one
-WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0)  # as DETR, Mask2Former and MaskDINO
+WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=2.0)  # all but the last as DETR, Mask2Former, MaskDINO
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 POINTS = 12_544  # at which a mask is compared, at most: all 65,536 of a 1024 x 1024 image would take five times the memory
 
@@ -325,41 +325,65 @@ def match(outputs, targets, stride):
     return *table[:, :4].long().unbind(1), table[:, 4].float()
 
 
+def mask_losses(masks, targets, matches, stride):
+    """Binary cross-entropy and dice of matched masks, at points.  masks: logits (B, L, K, h, w).  matches: as of match()."""
+    image, layer, center, target, weight = matches
+    entropy = dice = 0.0 * masks.sum()  # where nothing is to be found, too, DDP waits for a gradient
+    first = 0
+    for i, of_image in enumerate(targets):
+        here = (image == i).nonzero()[:, 0]
+        logits = masks[i, layer[here], center[here]].float()  # (m, h, w)
+        extent, size = [stride * side for side in logits.shape[1:]], of_image["masks"].shape[1:]
+        points = uncertain_points(logits.detach(), points_of(logits), size, extent)
+        logits, (x, y) = sample(logits, points, extent), points.long().unbind(-1)  # (m, P)
+        truth = of_image["masks"][target[here, None] - first, y, x].float()  # (m, P)
+        first += len(of_image["labels"])
+        entropy = entropy + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1) @ weight[here]
+        probability = logits.sigmoid()
+        shared = 2 * (probability * truth).sum(1) + 1  # the ones are for a mask of which no point was drawn
+        dice = dice + (1 - shared / (probability.sum(1) + truth.sum(1) + 1)) @ weight[here]
+    return entropy, dice
+
+
+def pixel_loss(pixels, targets, stride):
+    """Cross-entropy of the pixels' own classes, a mean over each target's pixels: small ones count as much as large ones.
+
+    pixels: logits (B, classes, h, w).  A pixel of no target, unlabelled or of the background, has nothing to say.
+    """
+    costs = -pixels.float().log_softmax(1)
+    loss = 0.0 * costs.sum()
+    for of_image, cost in zip(targets, costs):
+        height, width = of_image["masks"].shape[1:]
+        beyond = 0, stride * cost.shape[2] - width, 0, stride * cost.shape[1] - height
+        share = F.avg_pool2d(F.pad(of_image["masks"][:, None].float(), beyond), stride)[:, 0]  # (n, h, w)
+        share = share / share.sum((1, 2), keepdim=True).clamp(min=1e-6)
+        loss = loss + (cost[of_image["labels"]] * share).sum()
+    return loss
+
+
 def dense_losses(output, targets, stride):
     """Losses of the dense tasks, of all layers together, sums over targets.
 
     output: of the model.  targets: list of dictionaries, one an image, as in data.py.  stride: pixels a pixel of the masks.
-    Returns a dictionary of scalars: label; with boxes l1 and giou; with masks mask and dice.
+    Returns a dictionary of scalars: label; with boxes l1 and giou; with masks mask, dice and, in training, pixel.
     """
-    layers = [*output["aux"], output]
-    outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in output if key != "aux"}  # (B, L, K, ...)
-    image, layer, center, target, weight = match(outputs, targets, stride)
-    logits, labels = outputs["logits"].float(), torch.cat([target["labels"] for target in targets])
+    layers, keys = [*output["aux"], output], output.keys() & {"logits", "boxes", "masks"}
+    outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ...)
+    image, layer, center, target, weight = matches = match(outputs, targets, stride)
+    logits, labels = outputs["logits"].float(), torch.cat([of_image["labels"] for of_image in targets])
     wanted = torch.zeros_like(logits)
     wanted[image, layer, center, labels[target]] = 1
     share = logits.new_tensor([1 / times for times in repeats(len(layers))])  # layers count alike
     losses = dict(label=sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).sum((0, 2, 3)) @ share)
     if "boxes" in outputs:
         boxes = outputs["boxes"][image, layer, center].float()
-        truth = torch.cat([target["boxes"] for target in targets])[target]
+        truth = torch.cat([of_image["boxes"] for of_image in targets])[target]
         losses["l1"] = (boxes - truth).abs().sum(1) @ weight
         losses["giou"] = generalized_box_iou_loss(corners(boxes), corners(truth)) @ weight
     if "masks" in outputs:
-        losses["mask"] = losses["dice"] = outputs["masks"].sum() * 0.0  # where nothing is to be found, too, DDP wants gradients
-        first = 0
-        for i, of_image in enumerate(targets):
-            here = (image == i).nonzero()[:, 0]
-            masks = outputs["masks"][i, layer[here], center[here]].float()  # (m, h, w)
-            extent, size = [stride * side for side in masks.shape[1:]], of_image["masks"].shape[1:]
-            points = uncertain_points(masks.detach(), points_of(masks), size, extent)
-            masks, (x, y) = sample(masks, points, extent), points.long().unbind(-1)  # (m, P)
-            truth = of_image["masks"][target[here, None] - first, y, x].float()  # (m, P)
-            entropy = F.binary_cross_entropy_with_logits(masks, truth, reduction="none").mean(1)
-            probability = masks.sigmoid()
-            shared = 2 * (probability * truth).sum(1) + 1  # the ones are for a mask of which no point was drawn
-            dice = 1 - shared / (probability.sum(1) + truth.sum(1) + 1)
-            losses["mask"], losses["dice"] = losses["mask"] + entropy @ weight[here], losses["dice"] + dice @ weight[here]
-            first += len(of_image["labels"])
+        losses["mask"], losses["dice"] = mask_losses(outputs["masks"], targets, matches, stride)
+    if "pixels" in output:
+        losses["pixel"] = pixel_loss(output["pixels"], targets, stride)
     return {name: WEIGHTS[name] * value for name, value in losses.items()}
 
 
