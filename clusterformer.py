@@ -6,6 +6,8 @@ Copy this file into any project; it needs PyTorch and nothing else.
 
     model = ClusterFormer("cls", "tiny", num_classes=1000)
     logits = model(images)["logits"]        # images: float RGB in [0, 1], (B, 3, H, W), any H, W >= 32
+    model = ClusterFormer("inst", "tiny", num_classes=80)
+    objects = model.predict(images)         # of each image: scores, labels, boxes, masks
 
 Self-attention compares every token with every other: N x N.  ClusterFormer puts K cluster centers between
 them.  Tokens are assigned to centers, centers move to their tokens, a few times over; then every token takes
@@ -28,7 +30,8 @@ Letters, here and in the shapes at the ends of lines:
     W  M times likeness, how much pixel i weighs in the mean of cluster k
 
 The file runs in the order in which an image meets it: where the centers start, clustering, dispatching, the
-block made of these, the backbone made of blocks, the head, and the model that holds them.
+block made of these, the backbone made of blocks; then the head of classification; neck, decoder and heads of detection
+and segmentation, where a cluster is an object; and the model that holds them.
 """
 
 import math
@@ -349,14 +352,14 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         # Two overlapping convolutions instead of one of 4 x 4 pixels: edges are found in a fraction of the steps.
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0] // 2, 3, stride=patch_size // 2, padding=1),
+            nn.Conv2d(3, channels[0], 3, stride=patch_size // 2, padding=1),
             nn.GELU(),
-            nn.Conv2d(channels[0] // 2, channels[0], 3, stride=2, padding=1),
+            nn.Conv2d(channels[0], channels[0], 3, stride=2, padding=1),
         )
         # Neighbouring pixels are nearly equal, so that random filters answer to brightness, and a texture is lost in what
-        # is left.  Three of four begin without a mean, and strong: they see contrast.  Shapes' textures are learned in a
-        # third of the steps, as fast as with batch normalisation, which would tie an image to the others of its batch.
-        edges = self.stem[0].weight.data[channels[0] // 8 :]  # a view: (3/4 of the filters, 3, 3, 3)
+        # is left.  Three of four begin without a mean, and strong: they see contrast.  Textures are learned faster than
+        # with batch normalisation, which would tie an image to the others of its batch.
+        edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, 3, 3)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = nn.LayerNorm(channels[0])
@@ -546,11 +549,11 @@ class DecoderLayer(nn.Module):
     def forward(self, centers, boxes, places, tokens, layout, center_mask=None, trace=None):
         """centers: (B, K, D).  boxes: (B, K, 4), where they are.  places: (B, K, D), the same encoded.  tokens: (B, H, W, D).
 
-        Returns the centers, and the assignment, (B, h, K, N).
+        Returns the centers.
         """
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
         prior = place_prior(boxes, layout)
-        centers, assignment = self.cluster(self.norm(centers), tokens.flatten(1, 2), mask, center_mask, trace, prior)
+        centers, _ = self.cluster(self.norm(centers), tokens.flatten(1, 2), mask, center_mask, trace, prior)
         if trace is not None:
             trace[-1].update(size=tokens.shape[1:3], stage="decoder")
         x = self.attention_norm(centers)
@@ -559,7 +562,7 @@ class DecoderLayer(nn.Module):
             bias = bias.masked_fill(~center_mask[:, None, None], -torch.inf)
         query = x + places
         centers = centers + self.attention(query, query, x, attn_mask=bias.flatten(0, 1), need_weights=False)[0]
-        return centers + self.ffn(centers), assignment
+        return centers + self.ffn(centers)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -632,17 +635,15 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
         nn.init.constant_(self.classifier.bias, -math.log(99))  # p = 0.01: most centers are of no class, and start so
-        self.detection = DetectionHead(dim) if task in ("det", "inst") else None
+        self.detection = DetectionHead(dim)  # also where boxes are not asked for: centers find their pixels by them
         self.segmentation = SegmentationHead(dim, num_classes) if task != "det" else None
 
     def answer(self, centers, anchors, pixels, center_mask):
-        """What centers (B, K, D) say, a dictionary: "logits" and, as the task has them, "boxes" and "masks"."""
+        """What centers (B, K, D) say, a dictionary: "logits", "boxes" and, as the task has them, "masks"."""
         x = self.norm(centers)
-        output = dict(logits=self.classifier(x))
+        output = dict(logits=self.classifier(x), boxes=self.detection(x, anchors))
         if center_mask is not None:  # a center that an image has not got says nothing: probability e^-100
             output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
-        if self.detection:
-            output["boxes"] = self.detection(x, anchors)
         if self.segmentation:
             output["masks"] = self.segmentation(x, pixels)
         return output
@@ -664,12 +665,9 @@ class Decoder(nn.Module):
         answers = [self.answer(centers, boxes, pixels, grid.centers)]
         for i, layer in enumerate(self.layers):
             level = 2 - i % 3
-            if self.detection:
-                boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
+            boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
             places = encode(boxes[..., 1] - 0.5, boxes[..., 0] - 0.5, self.waves) + self.extent(boxes[..., 2:])
-            centers, assignment = layer(centers, boxes, places, tokens[level], layouts[level], grid.centers, trace)
-            if not self.detection:
-                boxes = moments(assignment.mean(1), layouts[level])
+            centers = layer(centers, boxes, places, tokens[level], layouts[level], grid.centers, trace)
             answers.append(self.answer(centers, boxes, pixels, grid.centers))
         if self.training and self.segmentation:
             answers[-1]["pixels"] = self.segmentation.classifier(pixels).permute(0, 3, 1, 2)
@@ -798,7 +796,8 @@ class ClusterFormer(nn.Module):
         Returns for cls {"logits": (B, classes)}, and for the other tasks
             "logits"  (B, K, classes)  of each of K = 100 centers (fewer where there are fewer than 10 x 10 tokens at stride
                                        8) and class that the center is of it; sigmoid gives a probability
-            "boxes"   (B, K, 4)        det, inst: centre x, y, width, height, in fractions of the image without padding
+            "boxes"   (B, K, 4)        centre x, y, width, height, in fractions of the image without padding; sem and pan
+                                       have them, too, as the prior of where a center's pixels are
             "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for earlier layers, first to last
             "pixels"  (B, classes, H/4, W/4), in training, with masks: logits of the pixels' own classes, for softmax

@@ -380,7 +380,7 @@ def test_the_model_says_what_is_wrong_with_its_settings(arguments):
 # Detection and segmentation
 # ---------------------------------------------------------------------------------------------------------------
 DENSE = ("det", "inst", "sem", "pan")
-KEYS = dict(det={"boxes"}, inst={"boxes", "masks"}, sem={"masks"}, pan={"masks"})
+KEYS = dict(det={"boxes"}) | dict.fromkeys(("inst", "sem", "pan"), {"boxes", "masks"})
 
 
 def random_dense(task, **arguments):
@@ -448,9 +448,7 @@ def test_every_parameter_of_a_dense_model_gets_a_gradient_also_from_images_witho
     losses = train.dense_losses(model(torch.rand(2, 3, 64, 64)), some_targets(task, n), 4)
     sum(losses.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or (sum(n) and not p.grad.any())]
-    # Cells of a grid do not overlap: where no boxes are learned, the first layer has no use for its weight of overlap.
-    assert set(without) <= (set() if "boxes" in KEYS[task] else {"decoder.layers.0.overlap"})
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert without == [] and all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("task", DENSE)
@@ -660,7 +658,7 @@ def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
     output = dict(logits=torch.zeros(1, 4, 3), masks=torch.zeros(1, 4, 4, 4), pixels=pixels, aux=[])
     loss = train.dense_losses(output, [dict(labels=torch.tensor([2, 0]), masks=masks)], 4)["pixel"]
     cost = -np.log(softmax(pixels[0].numpy(), axis=0))
-    assert loss.item() == pytest.approx(2 * (cost[2, :2].mean() + cost[0, 3, 3]), rel=1e-4)
+    assert loss.item() == pytest.approx(train.WEIGHTS["pixel"] * (cost[2, :2].mean() + cost[0, 3, 3]), rel=1e-4)
 
 
 def test_points_are_drawn_where_a_mask_is_uncertain():
