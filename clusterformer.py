@@ -41,10 +41,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VARIANTS = {  # blocks and channels of the four stages; width and layers of the decoder of the dense tasks
-    "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, layers=3),  # for a CPU, and for small images
-    "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, layers=6),  # as Swin-T
-    "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768), dim=256, layers=6),  # as Swin-S
+VARIANTS = {  # blocks and channels of the four stages; of the dense tasks: width, and the map that each layer looks at
+    "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1)),  # for a CPU, small images
+    "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1)),  # as Swin-T
+    "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1)),  # as Swin-S
 }
 HEAD_DIM = 64  # channels of one head; a stage of fewer has one head
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
@@ -617,21 +617,24 @@ class SegmentationHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """100 centers, started from the cells of a grid, and layers that look at strides 32, 16, 8, 32, ... in turn.
+    """100 centers, started from the cells of a grid, and layers that look at strides 32, 16, 8 in turn, twice.
+
+    (On scenes of 96 pixels the coarse maps have 3 x 3 and 6 x 6 tokens; nano looks at stride 8 only, which learns faster.)
 
     A center answers before the first layer and after each of them, and every answer is trained (deep supervision); where
     it answers that the object is, the next layer looks for its pixels.
     """
 
-    def __init__(self, task, dim, num_layers, num_classes, iterations=3):
+    def __init__(self, task, dim, levels, num_classes, iterations=3):
         super().__init__()
+        self.levels = levels  # of each layer: 1 is the map at stride 8, 3 the one at stride 32
         # Waves in all directions, of a sixth of a period an image to six.
         waves = F.normalize(torch.randn(dim // 2, 2), dim=1) * torch.logspace(0, math.log10(40), dim // 2)[:, None]
         self.register_buffer("waves", waves)
         self.extent = nn.Linear(2, dim)
         self.token_norm = nn.LayerNorm(dim)
         self.center_ffn = mlp(dim, CENTER_RATIO[0])
-        self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
         nn.init.constant_(self.classifier.bias, -math.log(99))  # p = 0.01: most centers are of no class, and start so
@@ -663,11 +666,10 @@ class Decoder(nn.Module):
         cells = (grid.rows[:, :, None, :, None] * grid.columns[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, K, N)
         boxes = moments(cells, grid).expand(len(centers), -1, -1)
         answers = [self.answer(centers, boxes, pixels, grid.centers)]
-        for i, layer in enumerate(self.layers):
-            level = 2 - i % 3
+        for level, layer in zip(self.levels, self.layers):
             boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
             places = encode(boxes[..., 1] - 0.5, boxes[..., 0] - 0.5, self.waves) + self.extent(boxes[..., 2:])
-            centers = layer(centers, boxes, places, tokens[level], layouts[level], grid.centers, trace)
+            centers = layer(centers, boxes, places, tokens[level - 1], layouts[level - 1], grid.centers, trace)
             answers.append(self.answer(centers, boxes, pixels, grid.centers))
         if self.training and self.segmentation:
             answers[-1]["pixels"] = self.segmentation.classifier(pixels).permute(0, 3, 1, 2)
@@ -788,7 +790,7 @@ class ClusterFormer(nn.Module):
         else:
             self.levels = slice(1, None) if task == "det" else slice(None)  # only masks need the finest map
             self.neck = Neck(channels[self.levels], size["dim"])
-            self.decoder = Decoder(task, size["dim"], size["layers"], num_classes, iterations)
+            self.decoder = Decoder(task, size["dim"], size["levels"], num_classes, iterations)
 
     def forward(self, images, trace=None):
         """images and trace: as in Backbone; head and decoder append more dictionaries, of stage "head" and "decoder".
