@@ -714,10 +714,11 @@ def semantic_labels(probability, masks):
     return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
 
 
-def panoptic_segments(probability, masks, things, threshold=0.3, overlap=0.6):
+def panoptic_segments(probability, masks, things, threshold=0.1, overlap=0.6):
     """Every pixel's segment: things one a center, stuff one a class.
 
     Of the centers surer than `threshold` of a class, each pixel goes to the one whose probability times mask is largest.
+    (Focal loss asks for no certainty: 0.1 is a lot, and with a threshold of 0.3 a model trained for minutes finds nothing.)
     A center that loses more than 1 - overlap of its mask to others was a repetition, and gets nothing.
     probability: (K, classes).  masks: (K, H, W) logits.  things: list of bool, for each class whether it is countable.
     Returns ids, int64 (H, W), 0 where no center has a mask, and a list of {"id", "label", "isthing", "score"}.

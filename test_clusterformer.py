@@ -541,7 +541,7 @@ def test_panoptic_segments_of_a_case_worked_by_hand():
     rows = ["111100", "011110", "000011", "110000", "000001"]  # masks of five centers over six pixels
     masks = torch.tensor([[9.0 if pixel == "1" else -9.0 for pixel in row] for row in rows]).view(5, 1, 6)
     probability = torch.zeros(5, 3)
-    probability[[0, 1, 2, 3, 4], [0, 0, 2, 2, 1]] = torch.tensor([0.9, 0.5, 0.6, 0.95, 0.1])
+    probability[[0, 1, 2, 3, 4], [0, 0, 2, 2, 1]] = torch.tensor([0.9, 0.5, 0.6, 0.95, 0.05])
     ids, segments = cf.panoptic_segments(probability, masks, [True, True, False])
     # 3 beats 0 at two pixels: 0 keeps two of its four, less than 0.6, and gets nothing.  So does 1.  4 is too unsure.
     # 2 and 3 are stuff of one class: one segment.
