@@ -1874,6 +1874,9 @@ def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch,
     assert saved.keys() == figures.keys()
     for name in saved:
         assert saved[name] == pytest.approx(figures[name], abs=1e-3, nan_ok=True)
+    assert printed.split(" of ")[0] in call(train, capsys, "--resume", "--out", out)  # nothing is left to do
+    with pytest.raises(SystemExit, match=f"is of a run of --task {task}"):
+        call(train, capsys, "--resume", "--out", out, "--task", "cls")
     model, checkpoint = cf.load_checkpoint(out / "last.pt")
     assert checkpoint["classes"] == data.Shapes(1, 48, 0, "val", task).classes
     (answer,) = model.predict([torch.rand(3, 40, 56)])
@@ -1902,6 +1905,23 @@ def test_own_objects_start_from_a_checkpoint_with_a_slow_backbone(tmp_path, caps
 
 
 groups = train.parameter_groups
+
+
+def panoptic_folder(root):
+    for split in ("train", "val"):
+        write_panoptic(root, split)
+
+
+@pytest.mark.parametrize("task, write", [("det", coco_folder), ("pan", panoptic_folder), ("sem", write_ade)])
+def test_files_in_the_layouts_of_coco_and_ade_train_as_they_are(tmp_path, capsys, task, write):
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files")
+    arguments = ["--task", task, "--data", tmp_path / "files", "--variant", "nano", "--image-size", 64, "--test-size", 40]
+    count = 1 if task == "pan" else 2
+    call(train, capsys, *arguments, "--batch-size", count, "--epochs", 1, "--workers", 0, "--out", tmp_path / "run")
+    saved = tmp_path / ("maps" if task == "sem" else "found.json")
+    printed = call(evaluation, capsys, "--checkpoint", tmp_path / "run" / "last.pt", "--save-predictions", saved)
+    assert f"of {count} images" in printed and saved.exists()
 
 
 def test_the_backbone_learns_slowly_and_vectors_do_not_decay():

@@ -74,7 +74,7 @@ RECIPES = {
     "erasing": (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, "cls: probability of erasing a rectangle"),
     "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
 }
-COLUMNS = ("shapes", "ImageNet", "shapes", "COCO", "ADE20K")
+COLUMNS = ("cls on shapes", "cls on files", "dense on shapes", "COCO", "ADE20K")
 DROP_PATH = {"nano": 0.0, "tiny": 0.2, "small": 0.3}
 BELOW_ONE = ("drop_path", "smoothing", "ema")
 CLS_ONLY = ("smoothing", "mixup", "cutmix", "randaugment", "erasing")
@@ -86,7 +86,7 @@ def parse_settings():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
     tasks = "cls: classes of images; det: boxes; inst: boxes and masks; sem: classes of pixels; pan: of things and stuff"
-    parser.add_argument("--task", choices=TASKS, default="cls", help=f"{tasks} (default: cls)")
+    parser.add_argument("--task", choices=TASKS, help=f"{tasks} (default: cls)")
     layouts = "cls: train/<class>/ and val/<class>/; det, inst, pan: COCO's layout; sem: ADE20K's"
     parser.add_argument("--data", metavar="DIR", help=f"folder of images and labels; {layouts} (default: draw shapes)")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and log go (default: runs/TASK)")
@@ -105,7 +105,7 @@ def parse_settings():
         recipe.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (default: {default})".replace("%", "%%"))
     flags = vars(parser.parse_args())
 
-    flags.setdefault("out", os.path.join("runs", flags["task"]))
+    flags.setdefault("out", os.path.join("runs", flags.get("task", "cls")))
     last = os.path.join(flags["out"], "last.pt")
     base = {}
     if flags.get("resume") and os.path.exists(last):
@@ -113,7 +113,9 @@ def parse_settings():
     elif os.path.exists(last) and not flags.get("resume"):
         raise InputError(f"{last} exists: --resume goes on with that run, --out DIR starts another one elsewhere")
     data = flags.get("data", base.get("data"))
-    task = flags["task"]
+    task = base.get("task", flags.get("task", "cls"))
+    if flags.setdefault("task", task) != task:
+        raise InputError(f"{last} is of a run of --task {task}; --out DIR starts another one elsewhere")
     column = (0 if data is None else 1) if task == "cls" else 2 if data is None else 4 if task == "sem" else 3
     defaults = {name: row[column] for name, row in RECIPES.items()}
     defaults |= dict(data=None, resume=False, init=None, accumulate=1, compile=False, workers=default_workers(), seed=0)
