@@ -74,6 +74,7 @@ def split_side(lengths, size, tokens_per_cell=2):
     """Averaging over the cells of a grid along one side, as a matrix.
 
     lengths: (B,) int64, the real length of each image in tokens.  size: length of the map, >= every length.
+    tokens_per_cell: a side has one cell for every so many tokens, rounded up, and GRID cells at most.
     Returns (B, k, size) float32, rows summing to 1 (0 for cells that an image has not), and (B, k) bool, which
     cells an image has.  Cells tile the side as evenly as integers allow and overlap by a token where they must,
     as in torch's adaptive pooling; unlike there, every image of the batch may have its own length.

@@ -593,6 +593,18 @@ def test_every_target_is_given_the_center_that_answers_with_it(task):
         assert len(set(zip(image[layer == l].tolist(), center[layer == l].tolist()))) == (layer == l).sum()
 
 
+def test_an_image_of_more_objects_than_centers_does_not_end_the_training():
+    targets = some_targets("inst", (30, 2))
+    model = random_dense("inst").train()
+    output = model(torch.rand(2, 3, 32, 32))  # 4 x 4 tokens at stride 8: 16 centers
+    targets = [{k: v[..., :32, :32] if k == "masks" else v for k, v in target.items()} for target in targets]
+    outputs = {key: torch.stack([output[key]] * 4, 1) for key in KEYS["inst"] | {"logits"}}
+    image, layer, center, target, _ = train.match(outputs, targets, 4)
+    assert target[(image == 0) & (layer == 3)].tolist() == list(range(16))
+    assert target[(image == 1) & (layer == 3)].tolist() == [30, 31]  # counted through the batch all the same
+    assert all(torch.isfinite(loss) for loss in train.dense_losses(output, targets, 4).values())
+
+
 @pytest.mark.parametrize("task", DENSE)
 def test_losses_are_small_for_the_truth_and_do_not_depend_on_the_order_of_targets(task):
     targets = some_targets(task, (3, 0, 2))
