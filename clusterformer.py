@@ -156,14 +156,14 @@ class RecurrentCrossAttentionClustering(nn.Module):
     where (B, h, ...) would copy its d x d weights, and sum their gradients, for every image.
     """
 
-    def __init__(self, dim, num_heads, iterations=3):
+    def __init__(self, dim, num_heads, iterations=3, temperature=10.0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads, self.iterations = num_heads, iterations
         identity = torch.eye(dim // num_heads).expand(num_heads, -1, -1)
         self.q, self.k, self.v = (nn.Parameter(identity.clone()) for _ in range(3))  # (h, d, d)
-        self.log_temperature = nn.Parameter(torch.full((num_heads,), math.log(10.0)))
+        self.log_temperature = nn.Parameter(torch.full((num_heads,), math.log(temperature)))
 
     def project(self, x, weight):
         """x: (B, n, h, d).  weight: (h, d, d).  Returns (h, B, n, d)."""
@@ -176,7 +176,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         mask: (B, N) bool, True for real tokens, or None if all are; the others weigh nothing.
         center_mask: (B, K) bool, True for real centers, or None if all are; the others get no pixels.
         trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
-        prior: (B, N, K), log of how likely a pixel is a center's whatever it looks like, or None; added to the similarity.
+        prior: (h, B, N, K), log of how likely a pixel is a center's whatever it looks like, or None; added to the similarity.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
         keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
@@ -462,33 +462,27 @@ class ClassificationHead(nn.Module):
 class Neck(nn.Module):
     """Maps of one width D, in which fine maps know what coarse ones see.
 
-        P_s = Linear(norm(I_s)) + upsampled P_2s        from the coarsest map to the finest
+        P_s = Linear(norm(I_s)) + upsampled Linear(norm(P_2s))        from the coarsest map to the finest
+
+    What comes down begins as zero.  Coarse maps learn last: until then they would only drown what the fine one sees.
     """
 
     def __init__(self, channels, dim):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Sequential(nn.LayerNorm(c), nn.Linear(c, dim)) for c in channels)
+        self.descents = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim)) for _ in channels[1:])
+        for descent in self.descents:
+            nn.init.zeros_(descent[-1].weight)
+            nn.init.zeros_(descent[-1].bias)
 
     def forward(self, maps):
         """maps: (B, H, W, C) of each stride, fine to coarse.  Returns as many maps (B, H, W, D)."""
-        outputs = []
-        for x, lateral in reversed(list(zip(maps, self.laterals))):
+        outputs = [self.laterals[-1](maps[-1])]
+        for x, lateral, descent in reversed(list(zip(maps, self.laterals, self.descents))):  # all but the coarsest
             x = lateral(x)
-            if outputs:  # token (i, j) lies in the coarse token (i // 2, j // 2)
-                coarse = outputs[-1].repeat_interleave(2, 1).repeat_interleave(2, 2)
-                x = x + coarse[:, : x.shape[1], : x.shape[2]]
-            outputs.append(x)
+            coarse = descent(outputs[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)  # (i, j) lies in (i // 2, j // 2)
+            outputs.append(x + coarse[:, : x.shape[1], : x.shape[2]])
         return outputs[::-1]
-
-
-def encode(y, x, waves):
-    """A place in a form that a cosine can compare: sines and cosines of waves over the image.
-
-    y, x: (...) from -0.5 to 0.5.  waves: (D / 2, 2), their directions and frequencies.  Returns (..., D).
-    The product of two such codes depends on the distance of the places alone, and falls with it.
-    """
-    phase = torch.stack([y, x], -1).to(waves) @ waves.T  # (..., D / 2)
-    return torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)
 
 
 def moments(share, layout):
@@ -509,16 +503,33 @@ def moments(share, layout):
     return torch.stack(centre + extent, -1)
 
 
-def place_prior(boxes, layout):
-    """How likely the pixels of a center are at a place: the log of a Gaussian over its box, -2 at the sides.
+def remoteness(boxes, layout):
+    """Squared distance of places from the middles of boxes, in half sides: 1 in the middle of each side.
 
-    boxes: (B, K, 4) cxcywh in fractions of the image.  Returns (B, N, K).
+    boxes: (B, K, 4) cxcywh in fractions of the image.  Returns (B, K, H, W).
     """
     x, y, width, height = boxes.float().clamp(min=0.01).unsqueeze(-1).unbind(2)  # (B, K, 1) each
     across = ((layout.x[:, None] + 0.5 - x) / (width / 2)) ** 2  # (B, K, W)
-    down = ((layout.y[:, None] + 0.5 - y) / (height / 2)) ** 2
+    down = ((layout.y[:, None] + 0.5 - y) / (height / 2)) ** 2  # (B, K, H)
+    return down[..., None] + across[:, :, None]
+
+
+QUARTERS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # of a box: x and y from its middle, in its sides
+
+
+def place_prior(boxes, layout):
+    """How likely the pixels of a center are at a place: in each head, the log of a Gaussian over a quarter of its box.
+
+    A mean over a whole object tells what it is made of, but not how it is put together.  Where four heads each gather a
+    quarter, a corner at the top left and one at the bottom right are two things: of shapes, 64 % instead of 44 % were named
+    rightly after 300 steps of 16 scenes (means over true boxes).
+    boxes: (B, K, 4) cxcywh in fractions of the image.  Returns (4, B, N, K); in the middle of a quarter's sides it is -2.
+    """
+    middle, sides = boxes[..., :2], boxes[..., 2:]
+    quarters = [torch.cat([middle + sides * sides.new_tensor(part), sides / 2], -1) for part in QUARTERS]
+    prior = torch.stack([-2 * remoteness(quarter, layout).flatten(2).mT for quarter in quarters])
     # Beyond -20 it is never, in float32; without the limit the tokens of an empty place would be divided by nothing.
-    return (-2 * (down[..., None] + across[:, :, None])).clamp(min=-20).flatten(2).mT
+    return prior.clamp(min=-20)
 
 
 def overlaps(boxes):
@@ -533,7 +544,7 @@ def overlaps(boxes):
 class DecoderLayer(nn.Module):
     """Centers look at one map, then at each other.
 
-        C, M = cluster(norm(C), I)         with a prior: the pixels of a center lie where its box says
+        C, M = cluster(norm(C), I)         with a prior: the pixels of a center lie where its box says, a quarter a head
         C = C + attention(norm(C))         biased by the overlap of boxes: who else speaks for this object?
         C = C + FFN(C)
     """
@@ -541,14 +552,15 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim, iterations=3):
         super().__init__()
         self.norm, self.attention_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.cluster = RecurrentCrossAttentionClustering(dim, max(1, dim // HEAD_DIM), iterations)
+        # A low temperature: an object is seen whole, its pixels that look unlike its center, too.
+        self.cluster = RecurrentCrossAttentionClustering(dim, len(QUARTERS), iterations, temperature=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // 32), batch_first=True)
         # Per head, how much overlap attracts: from not at all to a factor of e^8 for a box of the same place.
         self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = mlp(dim, 4)
 
-    def forward(self, centers, boxes, places, tokens, layout, center_mask=None, trace=None):
-        """centers: (B, K, D).  boxes: (B, K, 4), where they are.  places: (B, K, D), the same encoded.  tokens: (B, H, W, D).
+    def forward(self, centers, boxes, tokens, layout, center_mask=None, trace=None):
+        """centers: (B, K, D).  boxes: (B, K, 4), where they are.  tokens: (B, H, W, D).
 
         Returns the centers.
         """
@@ -561,21 +573,33 @@ class DecoderLayer(nn.Module):
         bias = self.overlap[:, None, None] * overlaps(boxes)[:, None]  # (B, heads, K, K)
         if center_mask is not None:
             bias = bias.masked_fill(~center_mask[:, None, None], -torch.inf)
-        query = x + places
-        centers = centers + self.attention(query, query, x, attn_mask=bias.flatten(0, 1), need_weights=False)[0]
+        centers = centers + self.attention(x, x, x, attn_mask=bias.flatten(0, 1), need_weights=False)[0]
         return centers + self.ffn(centers)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 8. Detection and segmentation: what a center answers
 # ---------------------------------------------------------------------------------------------------------------
+def class_probability(logits):
+    """Softmax over the classes and "none", whose logit is 0.  logits: (..., classes).  Returns (..., classes).
+
+    Not a sigmoid and the focal loss of each class, as DETR's successors have it: with these a center learns to keep
+    quiet long before it learns to tell classes apart (of shapes, 23 % instead of 64 % named rightly after 300 steps of 16 scenes).
+    """
+    return F.pad(logits.float(), (0, 1)).softmax(-1)[..., :-1]
+
+
 def perceptron(dim, out):
     """D -> D -> D -> out."""
     return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
 
 
 class DetectionHead(nn.Module):
-    """The box of a center: its anchor, corrected in logits, so that it stays in the image."""
+    """The box of a center: its anchor, moved by fractions of its sides and stretched, then cut off at the image's border.
+
+    What a center has gathered lies in quarters of the anchor, too: the same sight asks for the same correction, wherever and
+    however large the object is.
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -585,13 +609,19 @@ class DetectionHead(nn.Module):
 
     def forward(self, centers, anchors):
         """centers: (B, K, D).  anchors: (B, K, 4) cxcywh in fractions of the image.  Returns boxes of the same kind."""
-        return (anchors.clamp(1e-3, 1 - 1e-3).logit() + self.correction(centers).float()).sigmoid()
+        move, stretch = self.correction(centers).float().chunk(2, -1)
+        middle, sides = anchors[..., :2], anchors[..., 2:].clamp(min=0.01)
+        middle, sides = middle + sides * move, sides * stretch.clamp(max=4).exp()  # e^4: from 2 % of the image to all of it
+        low, high = (middle - sides / 2).clamp(0, 1), (middle + sides / 2).clamp(0, 1)
+        return torch.cat([(low + high) / 2, high - low], -1)
 
 
 class SegmentationHead(nn.Module):
-    """The mask of a center: where the pixels' embeddings point its way.
+    """The mask of a center: where the pixels' embeddings point its way, and that is not far from its box.
 
-        masks = MLP(C) . P        P: the finest map of the neck, seen once more with its neighbours
+        masks = MLP(C) . P - 2 s remoteness        P: the finest map of the neck, seen once more with its neighbours
+
+    s > 0, how much the box counts, is the center's own: a lot for one thing among its like, little for a sky.
 
     In training, pixels also name their classes themselves.  A mask and the class of its center have to find each other
     first, and until then tell the pixels little; their own classes tell them at once what is to be told apart.
@@ -604,6 +634,9 @@ class SegmentationHead(nn.Module):
         self.mlp = mlp(dim, TOKEN_RATIO)
         self.pixel = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
         self.center = perceptron(dim, dim)
+        self.steepness = nn.Linear(dim, 1)
+        nn.init.zeros_(self.steepness.weight)
+        nn.init.constant_(self.steepness.bias, math.log(0.25))
 
     def embed(self, x, layout):
         """Pixel embeddings (B, H, W, D) from the finest map (B, H, W, D); once for all layers."""
@@ -612,9 +645,12 @@ class SegmentationHead(nn.Module):
         x = x + self.neighbours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.pixel(x + self.mlp(x))
 
-    def forward(self, centers, pixels):
-        """Returns logits (B, K, H, W)."""
-        return torch.einsum("bkd,bhwd->bkhw", self.center(centers), pixels)
+    def forward(self, centers, boxes, pixels, layout):
+        """centers: (B, K, D).  boxes: (B, K, 4).  pixels: (B, H, W, D).  layout: of these.  Returns logits (B, K, H, W)."""
+        steepness = self.steepness(centers).float().exp()[..., None]  # (B, K, 1, 1)
+        far = remoteness(boxes, layout).clamp(max=8)  # farther than twice the sides is no worse
+        masks = torch.einsum("bkd,bhwd->bkhw", self.center(centers), pixels)
+        return masks - (2 * steepness * far).to(masks.dtype)
 
 
 class Decoder(nn.Module):
@@ -629,27 +665,23 @@ class Decoder(nn.Module):
     def __init__(self, task, dim, levels, num_classes, iterations=3):
         super().__init__()
         self.levels = levels  # of each layer: 1 is the map at stride 8, 3 the one at stride 32
-        # Waves in all directions, of a sixth of a period an image to six.
-        waves = F.normalize(torch.randn(dim // 2, 2), dim=1) * torch.logspace(0, math.log10(40), dim // 2)[:, None]
-        self.register_buffer("waves", waves)
-        self.extent = nn.Linear(2, dim)
         self.token_norm = nn.LayerNorm(dim)
         self.center_ffn = mlp(dim, CENTER_RATIO[0])
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
-        nn.init.constant_(self.classifier.bias, -math.log(99))  # p = 0.01: most centers are of no class, and start so
+        nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))  # 0.9 for none: most centers are, and start so
         self.detection = DetectionHead(dim)  # also where boxes are not asked for: centers find their pixels by them
         self.segmentation = SegmentationHead(dim, num_classes) if task != "det" else None
 
-    def answer(self, centers, anchors, pixels, center_mask):
-        """What centers (B, K, D) say, a dictionary: "logits", "boxes" and, as the task has them, "masks"."""
+    def answer(self, centers, anchors, pixels, layout, center_mask):
+        """What centers (B, K, D) say, a dictionary: "logits", "boxes" and, as the task has them, "masks" on the map of pixels."""
         x = self.norm(centers)
         output = dict(logits=self.classifier(x), boxes=self.detection(x, anchors))
         if center_mask is not None:  # a center that an image has not got says nothing: probability e^-100
             output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
         if self.segmentation:
-            output["masks"] = self.segmentation(x, pixels)
+            output["masks"] = self.segmentation(x, output["boxes"].detach(), pixels, layout)
         return output
 
     def forward(self, maps, layouts, grid, trace=None):
@@ -658,20 +690,16 @@ class Decoder(nn.Module):
         grid: layout of the map at stride 8, for the centers.  Returns the answers, a list.
         """
         pixels = self.segmentation.embed(maps[0], layouts[0]) if self.segmentation else None
-        maps, layouts, tokens = maps[-3:], layouts[-3:], []
-        for x, layout in zip(maps, layouts):
-            y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
-            tokens.append(self.token_norm(x) + encode(y, x_, self.waves))  # alike are pixels that look alike and are near
+        finest, layouts, tokens = layouts[0], layouts[-3:], [self.token_norm(x) for x in maps[-3:]]
         centers = pool_centers(tokens[0], grid)
         centers = centers + self.center_ffn(centers)
         cells = (grid.rows[:, :, None, :, None] * grid.columns[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, K, N)
         boxes = moments(cells, grid).expand(len(centers), -1, -1)
-        answers = [self.answer(centers, boxes, pixels, grid.centers)]
+        answers = [self.answer(centers, boxes, pixels, finest, grid.centers)]
         for level, layer in zip(self.levels, self.layers):
             boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
-            places = encode(boxes[..., 1] - 0.5, boxes[..., 0] - 0.5, self.waves) + self.extent(boxes[..., 2:])
-            centers = layer(centers, boxes, places, tokens[level - 1], layouts[level - 1], grid.centers, trace)
-            answers.append(self.answer(centers, boxes, pixels, grid.centers))
+            centers = layer(centers, boxes, tokens[level - 1], layouts[level - 1], grid.centers, trace)
+            answers.append(self.answer(centers, boxes, pixels, finest, grid.centers))
         if self.training and self.segmentation:
             answers[-1]["pixels"] = self.segmentation.classifier(pixels).permute(0, 3, 1, 2)
         return answers
@@ -719,7 +747,6 @@ def panoptic_segments(probability, masks, things, threshold=0.1, overlap=0.6):
     """Every pixel's segment: things one a center, stuff one a class.
 
     Of the centers surer than `threshold` of a class, each pixel goes to the one whose probability times mask is largest.
-    (Focal loss asks for no certainty: 0.1 is a lot, and with a threshold of 0.3 a model trained for minutes finds nothing.)
     A center that loses more than 1 - overlap of its mask to others was a repetition, and gets nothing.
     probability: (K, classes).  masks: (K, H, W) logits.  things: list of bool, for each class whether it is countable.
     Returns ids, int64 (H, W), 0 where no center has a mask, and a list of {"id", "label", "isthing", "score"}.
@@ -799,7 +826,7 @@ class ClusterFormer(nn.Module):
 
         Returns for cls {"logits": (B, classes)}, and for the other tasks
             "logits"  (B, K, classes)  of each of K = 100 centers (fewer where there are fewer than 10 x 10 tokens at stride
-                                       8) and class that the center is of it; sigmoid gives a probability
+                                       8) and class that the center is of it; class_probability makes shares of them
             "boxes"   (B, K, 4)        centre x, y, width, height, in fractions of the image without padding; sem and pan
                                        have them, too, as the prior of where a center's pixels are
             "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
@@ -849,7 +876,7 @@ class ClusterFormer(nn.Module):
         for i, image in enumerate(images):
             own = tuple(image.shape[-2:])
             size = own if sizes is None else tuple(sizes[i])
-            probability = output["logits"][i].float().sigmoid()  # (K, classes)
+            probability = class_probability(output["logits"][i])  # (K, classes)
             masks = full_size(output["masks"][i], own, self.backbone.strides[0], size) if "masks" in output else None
             if self.task == "sem":
                 answers.append({"semantic": semantic_labels(probability, masks)})

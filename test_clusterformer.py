@@ -415,7 +415,7 @@ def test_the_answers_of_all_layers_have_the_promised_shapes(task):
         assert answer.keys() - {"aux"} == KEYS[task] | {"logits"}
         assert answer["logits"].shape == (2, 100, 5)
         if "boxes" in answer:
-            assert answer["boxes"].shape == (2, 100, 4) and 0 < answer["boxes"].min() and answer["boxes"].max() < 1
+            assert answer["boxes"].shape == (2, 100, 4) and 0 <= answer["boxes"].min() and answer["boxes"].max() <= 1
         if "masks" in answer:
             assert answer["masks"].shape == (2, 100, 24, 26)
 
@@ -487,20 +487,50 @@ def test_centers_of_the_decoder_start_at_the_cells_of_a_grid(monkeypatch):
     torch.testing.assert_close(seen[0][0], expected)
 
 
-def test_a_prior_is_added_to_the_similarity_as_the_log_of_a_gaussian_over_the_box():
+def test_a_prior_is_added_to_the_similarity_as_the_log_of_a_gaussian_over_a_quarter_of_the_box():
     layout, boxes = cf.layout_of(10, 10), torch.tensor([[[0.5, 0.3, 0.4, 0.2]]])
-    prior = cf.place_prior(boxes, layout)[0, :, 0].view(10, 10)
+    priors = cf.place_prior(boxes, layout)[:, 0, :, 0].view(4, 10, 10)
     y, x = (np.arange(10) + 0.5) / 10, (np.arange(10) + 0.5) / 10
-    expected = -(((x[None] - 0.5) / 0.1) ** 2 + ((y[:, None] - 0.3) / 0.05) ** 2) / 2  # deviations: quarters of the sides
-    np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
+    quarters = (0.25, 0.4), (0.25, 0.6), (0.35, 0.4), (0.35, 0.6)  # centres, y and x, of 0.1 x 0.2
+    for prior, (up, left) in zip(priors, quarters):
+        expected = -(((x[None] - left) / 0.05) ** 2 + ((y[:, None] - up) / 0.025) ** 2) / 2  # deviations: a quarter of those
+        np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
 
-    module = random_clustering(dim=4, heads=1)
+    module = random_clustering(dim=4, heads=2)
     centers, tokens = torch.randn(1, 3, 4).double(), torch.randn(1, 7, 4).double()
-    prior = torch.randn(1, 7, 3).double()
+    prior = torch.randn(2, 1, 7, 3).double()
     _, plain = module(centers, tokens)
     _, M = module(centers, tokens, prior=prior)
-    expected = plain[0, 0] * prior[0].T.exp()  # Bayes: share times prior, shared out anew
-    torch.testing.assert_close(M[0, 0], expected / expected.sum(0))
+    expected = plain[0] * prior[:, 0].mT.exp()  # Bayes: share times prior, shared out anew
+    torch.testing.assert_close(M[0], expected / expected.sum(1, keepdim=True))
+
+
+def test_probabilities_are_shared_with_none_whose_logit_is_0():
+    logits = torch.tensor([[0.0, math.log(2), -torch.inf], [-100.0, -100.0, -100.0]])
+    torch.testing.assert_close(cf.class_probability(logits), torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_a_box_is_its_anchor_moved_by_fractions_of_its_sides_and_stretched():
+    head = cf.DetectionHead(8)
+    anchors = torch.tensor([[[0.5, 0.4, 0.2, 0.1], [0.9, 0.5, 0.3, 0.2]]])
+    torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 0], anchors[0, 0])  # a new head leaves them alone
+    torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 1], torch.tensor([0.875, 0.5, 0.25, 0.2]))  # cut off
+    head.correction[-1].bias.data = torch.tensor([0.5, -1.0, math.log(1.5), 0.0])
+    torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 0], torch.tensor([0.6, 0.3, 0.3, 0.1]))
+
+
+def test_a_mask_falls_off_with_the_distance_from_its_box_in_half_sides():
+    layout = cf.layout_of(10, 10)
+    far = cf.remoteness(torch.tensor([[[0.45, 0.25, 0.4, 0.2]]]), layout)[0, 0]  # middle of token (2, 4); half sides: 1 and 2 tokens
+    assert far[2, 4] == pytest.approx(0, abs=1e-6) and far[3, 4] == pytest.approx(1) and far[2, 8] == pytest.approx(4)
+    head = random_dense("inst").decoder.segmentation
+    head.steepness.weight.data.zero_()
+    centers, pixels = torch.randn(1, 1, 128), torch.randn(1, 10, 10, 128)
+    masks = {}
+    for steepness in (0.25, 1.0):
+        head.steepness.bias.data.fill_(math.log(steepness))
+        masks[steepness] = head(centers, torch.tensor([[[0.45, 0.25, 0.4, 0.2]]]), pixels, layout)[0, 0]
+    torch.testing.assert_close(masks[0.25] - masks[1.0], 1.5 * far.clamp(max=8), atol=1e-4, rtol=1e-4)
 
 
 def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
@@ -509,16 +539,6 @@ def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
     for ours, of_image in zip(cf.overlaps(boxes), boxes):
         corners = box_convert(of_image, "cxcywh", "xyxy")
         torch.testing.assert_close(ours, box_iou(corners, corners) * (1 - torch.eye(6)))
-
-
-def test_the_waves_of_a_place_agree_the_less_the_farther_it_is():
-    waves = random_dense("det").decoder.waves
-    x = torch.linspace(-0.5, 0.5, 11)
-    codes = cf.encode(torch.zeros(11), x, waves)
-    product = (codes @ codes.T)[0]
-    assert codes.shape == (11, 128) and product.argmax() == 0 and (product[:4].diff() < 0).all()
-    elsewhere = cf.encode(torch.full((11,), 0.3), x - 0.2, waves)
-    torch.testing.assert_close(elsewhere @ elsewhere.T, codes @ codes.T)  # distances count, not places
 
 
 def test_best_objects_are_named_once():
@@ -624,16 +644,16 @@ def test_the_losses_are_the_sums_that_their_names_say():
     logits, boxes = torch.tensor([[[2.0, -1.0], [-1.0, 0.5], [0.3, -2.0]]]), torch.rand(1, 3, 4) * 0.2 + 0.3
     targets = [dict(labels=torch.tensor([1, 0]), boxes=torch.rand(2, 4) * 0.2 + 0.3)]
     losses = train.dense_losses(dict(logits=logits, boxes=boxes, aux=[]), targets, 4)
-    best = None
+    shares = np.exp(np.pad(logits[0].numpy(), ((0, 0), (0, 1))))  # the last for "none"
+    shares /= shares.sum(1, keepdims=True)
+    found = []
     for pair in itertools.permutations(range(3), 2):
-        wanted = np.zeros((3, 2))
-        wanted[pair[0], 1] = wanted[pair[1], 0] = 1
-        p = 1 / (1 + np.exp(-logits[0].numpy()))
-        right = np.where(wanted == 1, p, 1 - p)
-        label = (np.where(wanted == 1, 0.25, 0.75) * (1 - right) ** 2 * -np.log(right)).sum()
-        l1 = sum(np.abs(boxes[0, c].numpy() - targets[0]["boxes"][t].numpy()).sum() for t, c in enumerate(pair))
-        giou = 0
+        label, likely = -0.1 * np.log(shares[3 - sum(pair), 2]), 0  # of the center that is left
+        l1 = giou = 0
         for t, c in enumerate(pair):
+            label -= np.log(shares[c, 1 - t])
+            likely += shares[c, 1 - t]
+            l1 += np.abs(boxes[0, c].numpy() - targets[0]["boxes"][t].numpy()).sum()
             (ax, ay, aw, ah), (bx, by, bw, bh) = boxes[0, c].tolist(), targets[0]["boxes"][t].tolist()
             width = min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2)
             height = min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)
@@ -643,8 +663,8 @@ def test_the_losses_are_the_sums_that_their_names_say():
                 max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2)
             )
             giou += 1 - (shared / union - (hull - union) / hull)
-        total = 2 * label + 5 * l1 + 2 * giou
-        best = min(best, (total, 2 * label, 5 * l1, 2 * giou)) if best else (total, 2 * label, 5 * l1, 2 * giou)
+        found.append((-2 * likely + 5 * l1 + 2 * giou, 2 * label, 5 * l1, 2 * giou))  # what matching costs, then losses
+    best = min(found)
     np.testing.assert_allclose([losses[name].item() for name in ("label", "l1", "giou")], best[1:], rtol=1e-4)
 
 

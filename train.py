@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 from tqdm import tqdm
 
-from clusterformer import TASKS, VARIANTS, ClusterFormer, load_checkpoint
+from clusterformer import TASKS, VARIANTS, ClusterFormer, class_probability, load_checkpoint
 from data import (
     Ade,
     Coco,
@@ -191,7 +191,7 @@ def parameter_groups(model, weight_decay, backbone_rate):
 # ---------------------------------------------------------------------------------------------------------------
 REPEATS = 6, 4, 2  # centers that a target has in the first layers; in the others, and always in the last, one
 WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)  # all but the last as DETR, Mask2Former, MaskDINO
-ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
+NONE = 0.1  # weight of a center that has no target, and shall say so: there are some thirty of them to one that has
 POINTS = 12_544  # at which a mask is compared, at most: all 65,536 of a 1024 x 1024 image would take five times the memory
 
 
@@ -276,10 +276,8 @@ def matching_cost(output, target, stride):
     output: answers of one image's centers, of any number of layers, (n centers, ...).  Returns (targets, centers) float32.
     """
     labels = target["labels"]
-    probability = output["logits"].float().sigmoid()[:, labels].T
-    hit = ALPHA * (1 - probability) ** GAMMA * -probability.clamp(min=1e-8).log()
-    miss = (1 - ALPHA) * probability**GAMMA * -(1 - probability).clamp(min=1e-8).log()
-    cost = WEIGHTS["label"] * (hit - miss)
+    absent = output["logits"].amax(1) <= -100  # of a batch of unequal images: centers that this one has not got
+    cost = 1e3 * absent - WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
     if "boxes" in output:
         boxes, truth = output["boxes"].float(), target["boxes"]
         cost += WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1)
@@ -330,9 +328,9 @@ def mask_losses(masks, targets, matches, stride):
     image, layer, center, target, weight = matches
     entropy = dice = 0.0 * masks.sum()  # where nothing is to be found, too, DDP waits for a gradient
     first = 0
-    for i, of_image in enumerate(targets):
+    for i, (of_image, answers) in enumerate(zip(targets, masks)):  # masks[i] would have a gradient as large as masks, each i
         here = (image == i).nonzero()[:, 0]
-        logits = masks[i, layer[here], center[here]].float()  # (m, h, w)
+        logits = answers[layer[here], center[here]].float()  # (m, h, w)
         extent, size = [stride * side for side in logits.shape[1:]], of_image["masks"].shape[1:]
         points = uncertain_points(logits.detach(), points_of(logits), size, extent)
         logits, (x, y) = sample(logits, points, extent), points.long().unbind(-1)  # (m, P)
@@ -370,11 +368,13 @@ def dense_losses(output, targets, stride):
     layers, keys = [*output["aux"], output], output.keys() & {"logits", "boxes", "masks"}
     outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ...)
     image, layer, center, target, weight = matches = match(outputs, targets, stride)
-    logits, labels = outputs["logits"].float(), torch.cat([of_image["labels"] for of_image in targets])
-    wanted = torch.zeros_like(logits)
-    wanted[image, layer, center, labels[target]] = 1
-    share = logits.new_tensor([1 / times for times in repeats(len(layers))])  # layers count alike
-    losses = dict(label=sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA).sum((0, 2, 3)) @ share)
+    logits = F.pad(outputs["logits"].float(), (0, 1))  # and the logit of "none"
+    classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
+    weights = torch.full(logits.shape[:3], NONE, device=logits.device)
+    classes[image, layer, center] = torch.cat([of_image["labels"] for of_image in targets])[target]
+    weights[image, layer, center] = weight
+    entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
+    losses = dict(label=entropy @ weights.flatten())
     if "boxes" in outputs:
         boxes = outputs["boxes"][image, layer, center].float()
         truth = torch.cat([of_image["boxes"] for of_image in targets])[target]
