@@ -584,7 +584,7 @@ def class_probability(logits):
     """Softmax over the classes and "none", whose logit is 0.  logits: (..., classes).  Returns (..., classes).
 
     Not a sigmoid and the focal loss of each class, as DETR's successors have it: with these a center learns to keep
-    quiet long before it learns to tell classes apart (of shapes, 23 % instead of 64 % named rightly after 300 steps of 16 scenes).
+    quiet long before it learns to tell classes apart (of shapes, 23 instead of 64 % were named rightly after 300 steps of 16).
     """
     return F.pad(logits.float(), (0, 1)).softmax(-1)[..., :-1]
 
@@ -675,7 +675,10 @@ class Decoder(nn.Module):
         self.segmentation = SegmentationHead(dim, num_classes) if task != "det" else None
 
     def answer(self, centers, anchors, pixels, layout, center_mask):
-        """What centers (B, K, D) say, a dictionary: "logits", "boxes" and, as the task has them, "masks" on the map of pixels."""
+        """What centers (B, K, D) say, a dictionary: "logits", "boxes" and, as the task has them, "masks".
+
+        layout: of the pixels (B, H, W, D).
+        """
         x = self.norm(centers)
         output = dict(logits=self.classifier(x), boxes=self.detection(x, anchors))
         if center_mask is not None:  # a center that an image has not got says nothing: probability e^-100

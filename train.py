@@ -191,7 +191,7 @@ def parameter_groups(model, weight_decay, backbone_rate):
 # ---------------------------------------------------------------------------------------------------------------
 REPEATS = 6, 4, 2  # centers that a target has in the first layers; in the others, and always in the last, one
 WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)  # all but the last as DETR, Mask2Former, MaskDINO
-NONE = 0.1  # weight of a center that has no target, and shall say so: there are some thirty of them to one that has
+NONE = 0.1  # weight of a center without a target, which shall say so: there are a dozen and more of them for one that has
 POINTS = 12_544  # at which a mask is compared, at most: all 65,536 of a 1024 x 1024 image would take five times the memory
 
 
