@@ -653,6 +653,31 @@ class SegmentationHead(nn.Module):
         return masks - (2 * steepness * far).to(masks.dtype)
 
 
+OUTLINE = 12  # samples a side of what a center sees of its own mask
+
+
+def outlines(masks, boxes, layout):
+    """What masks look like in their boxes: samples from a tenth of a side before the box to a tenth behind it.
+
+    masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh in fractions of the image.  layout: of the masks.
+    Returns float32 (B, K, 12 * 12), rows first: 0.5 inside of the mask, -0.5 outside, 0 beyond the image.
+    """
+    shares = []
+    for axis, place in enumerate((layout.x, layout.y)):
+        middle, side = boxes[..., axis, None].float(), boxes[..., axis + 2, None].float()  # (B, K, 1)
+        samples = middle + side * torch.linspace(-0.6, 0.6, OUTLINE, device=boxes.device)  # (B, K, 12)
+        token = 1 + 2 * place[:, :1, None]  # of the image's side, (B or 1, 1, 1)
+        reach = torch.maximum(side * 1.2 / (OUTLINE - 1), token)  # of large masks, a sample is a mean over many tokens
+        distance = (place[:, None, None] + 0.5 - samples[..., None]).abs() / reach[..., None]
+        share = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear between tokens
+        shares.append(share / share.sum(-1, keepdim=True).clamp(min=1))
+    columns, rows = shares
+    seen = masks.float().sigmoid() - 0.5
+    if layout.tokens is not None:
+        seen = seen * layout.tokens[:, None]
+    return (rows @ seen @ columns.mT).flatten(2)
+
+
 class Decoder(nn.Module):
     """100 centers, started from the cells of a grid, and layers that look at strides 32, 16, 8 in turn, twice.
 
@@ -672,7 +697,13 @@ class Decoder(nn.Module):
         self.classifier = nn.Linear(dim, num_classes)
         nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))  # 0.9 for none: most centers are, and start so
         self.detection = DetectionHead(dim)  # also where boxes are not asked for: centers find their pixels by them
-        self.segmentation = SegmentationHead(dim, num_classes) if task != "det" else None
+        self.segmentation = None
+        if task != "det":
+            self.segmentation = SegmentationHead(dim, num_classes)
+            # Means forget an outline; a mask has it.  So a center also looks at its mask before it says what it is.
+            self.outline = nn.Sequential(nn.Linear(OUTLINE**2, 2 * dim), nn.GELU(), nn.Linear(2 * dim, num_classes))
+            nn.init.zeros_(self.outline[-1].weight)
+            nn.init.zeros_(self.outline[-1].bias)
 
     def answer(self, centers, anchors, pixels, layout, center_mask):
         """What centers (B, K, D) say, a dictionary: "logits", "boxes" and, as the task has them, "masks".
@@ -681,10 +712,12 @@ class Decoder(nn.Module):
         """
         x = self.norm(centers)
         output = dict(logits=self.classifier(x), boxes=self.detection(x, anchors))
+        if self.segmentation:
+            boxes = output["boxes"].detach()
+            output["masks"] = self.segmentation(x, boxes, pixels, layout)
+            output["logits"] = output["logits"] + self.outline(outlines(output["masks"].detach(), boxes, layout))
         if center_mask is not None:  # a center that an image has not got says nothing: probability e^-100
             output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
-        if self.segmentation:
-            output["masks"] = self.segmentation(x, output["boxes"].detach(), pixels, layout)
         return output
 
     def forward(self, maps, layouts, grid, trace=None):

@@ -533,6 +533,40 @@ def test_a_mask_falls_off_with_the_distance_from_its_box_in_half_sides():
     torch.testing.assert_close(masks[0.25] - masks[1.0], 1.5 * far.clamp(max=8), atol=1e-4, rtol=1e-4)
 
 
+def test_outlines_of_small_boxes_are_bilinear_samples_of_the_mask():
+    torch.manual_seed(0)
+    masks = torch.randn(1, 2, 12, 16)
+    boxes = torch.tensor([[[0.5, 0.4, 0.3, 0.5], [0.2, 0.7, 0.2, 0.3]]])  # samples are less than a token apart
+    ours = cf.outlines(masks, boxes, cf.layout_of(12, 16)).view(2, 12, 12)
+    steps = np.linspace(-0.6, 0.6, 12)
+    for mask, (x, y, width, height), answer in zip(masks[0].sigmoid().numpy() - 0.5, boxes[0].tolist(), ours):
+        for i, row in enumerate((y + height * steps) * 12 - 0.5):
+            for j, column in enumerate((x + width * steps) * 16 - 0.5):
+                a, b, r, c = row % 1, column % 1, int(row // 1), int(column // 1)
+                above, below = mask[r, c] * (1 - b) + mask[r, c + 1] * b, mask[r + 1, c] * (1 - b) + mask[r + 1, c + 1] * b
+                assert answer[i, j].item() == pytest.approx(above * (1 - a) + below * a, abs=1e-5)
+
+
+def test_outlines_do_not_depend_on_the_size_of_an_object():
+    def of_disc(size):  # half as wide as the image
+        y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+        disc = torch.where((x / size - 0.5) ** 2 + (y / size - 0.5) ** 2 < 1 / 16, 20.0, -20.0)
+        return cf.outlines(disc[None, None], torch.tensor([[[0.5, 0.5, 0.5, 0.5]]]), cf.layout_of(size, size)).view(12, 12)
+
+    small, large = of_disc(48), of_disc(192)  # large: a sample is a mean over 9 x 9 tokens
+    assert (small - large).abs().max() < 0.15 and (small - large).abs().mean() < 0.02
+    for outline in (small, large):  # inside, and at the corners of the box
+        assert outline[5, 5].item() == pytest.approx(0.5) and outline[0, 0].item() == pytest.approx(-0.5)
+
+
+def test_outlines_are_undecided_beyond_the_image():
+    full = torch.full((2, 1, 8, 8), 20.0)
+    boxes = torch.tensor([0.75, 0.5, 0.5, 0.5]).expand(2, 1, 4)  # its right side is the image's
+    layout = cf.layout_of(8, 8, torch.tensor([[8, 8], [8, 4]]))  # the second image ends after four columns
+    for outline in cf.outlines(full, boxes, layout).view(2, 12, 12):
+        assert (outline[:, :8] - 0.5).abs().max() < 1e-5 and outline[:, -1].max() < 0.3
+
+
 def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
     torch.manual_seed(0)
     boxes = torch.rand(2, 6, 4)
@@ -709,9 +743,9 @@ def test_each_head_learns_one_batch_by_heart(task):
     images, targets = data.collate([shapes[0, i] for i in (1, 2)])
     model = cf.ClusterFormer(task, "nano", len(shapes.classes), things=shapes.things).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for step in range(200):
+    for step in range(250):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 - step / 200)
+            group["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 - step / 250)
         loss = sum(train.dense_losses(model(images), targets, 4).values()) / sum(len(t["labels"]) for t in targets)
         optimizer.zero_grad()
         loss.backward()

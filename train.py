@@ -58,8 +58,8 @@ RECIPES = {
     "patch_size": (4, 4, 4, 4, 4, None, "pixels a side of the smallest token: 4, or 2 for images of about 32 pixels"),
     "image_size": (48, 224, 96, 1024, 512, 32, "pixels a side of training images; of larger ones, dense tasks see a part"),
     "test_size": (None, None, None, 800, 512, 32, "dense tasks on files: pixels of the short side in evaluation"),
-    "epochs": (4, 300, 4, 50, 127, 1, "passes over the training images; of shapes, 6,500 new scenes each, dense tasks 6,000"),
-    "batch_size": (32, 1024, 32, 16, 16, 1, "images per optimizer step, over all processes"),
+    "epochs": (4, 300, 4, 50, 127, 1, "passes over the training images; of shapes, 6,500 new scenes each, dense tasks 5,000"),
+    "batch_size": (32, 1024, 16, 16, 16, 1, "images per optimizer step, over all processes"),
     "lr": (3e-3, 1e-3, 3e-3, 1e-4, 1e-4, 0.0, "peak learning rate; the default is scaled in proportion to --batch-size"),
     "schedule": ("cosine", "cosine", "cosine", "step", "poly", None, "after the warm-up: cosine to 0, step (a tenth at 90 "
                  "and a hundredth at 95 % of the steps) or poly (falling to 0 with power 0.9)"),
@@ -153,7 +153,7 @@ def read_checkpoint(path):
 def training_set(settings):
     task, data, size, seed = settings["task"], settings["data"], settings["image_size"], settings["seed"]
     if data is None:
-        return Shapes(6_500 if task == "cls" else 6_000, size, seed, "train", task)
+        return Shapes(6_500 if task == "cls" else 5_000, size, seed, "train", task)
     if task == "cls":
         return Folder(data, "train", train_transform(size, settings["randaugment"], settings["erasing"]), seed)
     if task == "sem":
