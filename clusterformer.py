@@ -660,7 +660,7 @@ def outlines(masks, boxes, layout):
     """What masks look like in their boxes: samples from a tenth of a side before the box to a tenth behind it.
 
     masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh in fractions of the image.  layout: of the masks.
-    Returns float32 (B, K, 12 * 12), rows first: 0.5 inside of the mask, -0.5 outside, 0 beyond the image.
+    Returns (B, K, 12 * 12), rows first: 0.5 inside of the mask, -0.5 outside, 0 beyond the image.
     """
     shares = []
     for axis, place in enumerate((layout.x, layout.y)):
