@@ -21,6 +21,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -189,7 +190,7 @@ class Shapes(Dataset):
         things = scattered_things(rng)
         image, segments = draw_scene(rng, self.size, things)
         shown = [(category, segments == i) for i, (category, *_) in enumerate(things)]
-        if self.task == "sem":  # one mask a class
+        if self.task == "sem":  # one mask a class, which by_regions cuts into its parts
             shown = [(c, np.any([mask for k, mask in shown if k == c], 0)) for c in sorted({c for c, _ in shown})]
         if self.task in ("sem", "pan"):
             shown += [(len(THINGS) + s, segments == -1 - s) for s in range(len(STUFF))]
@@ -211,7 +212,7 @@ class Shapes(Dataset):
         target = target_of(labels, None, masks, masks.shape[1:])
         if self.task == "det":
             del target["masks"]
-        return image, target
+        return image, by_regions(target) if self.task == "sem" else target
 
     def coco(self):
         """The validation scenes as a COCO object."""
@@ -338,7 +339,7 @@ class Folder(Dataset):
 # ---------------------------------------------------------------------------------------------------------------
 # In training data[epoch, index] is an image, float32 (3, H, W) in [0, 1], and what is in it, a dictionary:
 #
-#     labels  (n,) int64           class of each object (det, inst) or segment (pan; sem: one for each class)
+#     labels  (n,) int64           class of each object (det, inst), segment (pan) or connected region of a class (sem)
 #     boxes   (n, 4) float32       centre x, centre y, width, height, in fractions of the image
 #     masks   (n, H, W) bool       det has none
 #
@@ -452,6 +453,35 @@ def target_of(labels, boxes, masks, size):
     boxes = box_convert(boxes[whole], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
     target = dict(labels=labels[whole], boxes=boxes.float())
     return target if masks is None else target | dict(masks=masks[whole])
+
+
+def by_regions(target):
+    """Cuts the mask of each class into its connected regions, each a target of its own with the class as label.
+
+    Two chairs are easier to name one by one than as one mask: of the things of shapes, see README.  In evaluation a pixel
+    gets the class of the largest sum over centers, to which it does not matter how many share a class.
+    Regions are seen at stride 4, where what almost touches is one; what is smaller than 1/400 of the image stays with the
+    largest region of its class.
+    """
+    masks, labels = target["masks"], target["labels"]
+    if not len(masks):
+        return target
+    seen = F.max_pool2d(masks.float(), 4, ceil_mode=True)  # (n, h, w)
+    number = torch.arange(1.0, seen[0].numel() + 1).view_as(seen[0]) * seen
+    while True:  # each pixel takes the highest number around it, until all of a region have the same
+        spread = F.max_pool2d(number, 3, 1, 1) * seen
+        if spread.equal(number):
+            break
+        number = spread
+    regions = []
+    for label, of_class, mask in zip(labels, number.repeat_interleave(4, 1).repeat_interleave(4, 2), masks):
+        of_class = of_class[: mask.shape[0], : mask.shape[1]]
+        names, sizes = of_class[mask].unique(return_counts=True)
+        large = names[(400 * sizes >= mask.numel()) & (names != names[sizes.argmax()])]
+        parts = [mask & (of_class == name) for name in large]
+        regions += [(label, part) for part in [mask & ~torch.isin(of_class, large), *parts]]
+    labels, masks = map(torch.stack, zip(*regions))
+    return target_of(labels, None, masks, masks.shape[1:])
 
 
 def clip_box(bbox, size, where):
@@ -733,7 +763,8 @@ class Ade(Dataset):
         present = present[present >= 0]
         with seeded(self.seed, epoch, index):
             masks = labels == present.view(-1, 1, 1)
-            return training_sample(image, present.tolist(), None, masks, self.transform, self.crop)
+            image, target = training_sample(image, present.tolist(), None, masks, self.transform, self.crop)
+        return image, by_regions(target)
 
 
 # ---------------------------------------------------------------------------------------------------------------

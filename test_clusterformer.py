@@ -1044,6 +1044,44 @@ def test_label_maps_are_read_rightly(tmp_path, names):
     assert image.shape == (3, 80, 120) and target == dict(index=0, size=(40, 60))
 
 
+def flood(seen, start):
+    """Cells of a grid, a set of (row, column), that can be reached from one of them, diagonal steps included."""
+    reached, edge = {start}, [start]
+    while edge:
+        row, column = edge.pop()
+        near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & seen - reached
+        reached |= near
+        edge += near
+    return reached
+
+
+def test_regions_of_a_class_are_those_of_a_flood_and_small_ones_stay_with_the_largest():
+    rng = np.random.default_rng(0)
+    for size in [(64, 64), (50, 71)]:
+        blobs = rng.standard_normal((3, *size))
+        for _ in range(3):
+            blobs = (blobs + np.roll(blobs, 1, 1) + np.roll(blobs, 1, 2) + np.roll(blobs, -1, 1) + np.roll(blobs, -1, 2)) / 5
+        owner = np.concatenate([blobs, np.full((1, *size), 0.3)]).argmax(0)  # 3: of no class
+        masks = torch.from_numpy(owner == np.arange(3)[:, None, None])
+        labels = torch.tensor([4, 0, 2])
+        got = data.by_regions(data.target_of(labels, None, masks, size))
+        expected = []
+        for label, mask in zip(labels.tolist(), masks.numpy()):
+            left, parts = {(y // 4, x // 4) for y, x in np.argwhere(mask)}, []
+            while left:
+                cells = flood(left, next(iter(left)))
+                left -= cells
+                parts.append([p for p in map(tuple, np.argwhere(mask)) if (p[0] // 4, p[1] // 4) in cells])
+            parts.sort(key=len)
+            small = [part for part in parts[:-1] if len(part) < mask.size / 400]
+            expected += [(label, frozenset(part)) for part in parts[len(small) : -1]]
+            expected.append((label, frozenset(itertools.chain(parts[-1], *small))))
+        found = [(label, frozenset(map(tuple, np.argwhere(mask)))) for label, mask in zip(got["labels"].tolist(), got["masks"].numpy())]
+        assert len(found) == len(expected) > 5 and set(found) == set(expected)
+    nothing = data.target_of(labels[:0], None, masks[:0], size)
+    assert data.by_regions(nothing) is nothing
+
+
 def edit_json(change, kind="instances"):
     def damage(root):
         path = root / "annotations" / f"{kind}_train2017.json"
@@ -1355,8 +1393,9 @@ def test_shapes_tell_the_same_of_a_scene_for_every_task():
         n = len(inst["labels"])
         assert torch.equal(pan["masks"][:n], inst["masks"]) and torch.equal(pan["labels"][:n], inst["labels"])
         assert pan["masks"].sum(0).max() == 1 and pan["masks"].flatten(1).sum(1).min() >= data.VISIBLE
-        for label, mask in zip(sem["labels"], sem["masks"]):
-            assert torch.equal(mask, pan["masks"][pan["labels"] == label].any(0))
+        assert sem["masks"].sum(0).max() == 1 and set(sem["labels"].tolist()) == set(pan["labels"].tolist())
+        for label in sem["labels"].unique():
+            assert torch.equal(sem["masks"][sem["labels"] == label].any(0), pan["masks"][pan["labels"] == label].any(0))
         things[n] += 1
         stuff += (pan["labels"] >= len(data.THINGS)).sum().item() >= 3
         corners = torch.cat([inst["boxes"][:, :2] - inst["boxes"][:, 2:] / 2, inst["boxes"][:, :2] + inst["boxes"][:, 2:] / 2], 1)
