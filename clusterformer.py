@@ -962,10 +962,14 @@ def load_checkpoint(path, ema=True):
         )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
-    try:
-        model.load_state_dict(checkpoint["ema" if ema else "model"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: its weights are not those of a {settings['variant']} with {len(classes)} classes"
-        ) from error
+    theirs, ours = checkpoint["ema" if ema else "model"], model.state_dict()
+    differences = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
+    differences += [f"{name} is unknown" for name in theirs.keys() - ours.keys()]
+    for name in ours.keys() & theirs.keys():
+        if ours[name].shape != theirs[name].shape:
+            differences.append(f"{name} is {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
+    if differences:
+        what = f"a {settings['variant']} with {len(classes)} classes"
+        raise ValueError(f"{path}: its weights are not those of {what}: {', '.join(sorted(differences))}")
+    model.load_state_dict(theirs)
     return model.eval(), checkpoint

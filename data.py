@@ -17,6 +17,8 @@ import json
 import math
 import os
 import pickle
+import re
+import signal
 import sys
 
 import numpy as np
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
@@ -176,6 +178,9 @@ class Shapes(Dataset):
         self.things = [name in THINGS for name in self.classes]
         self.categories = list(range(1, len(self.classes) + 1))
 
+    def name(self, index):
+        return f"scene {index}"
+
     def __len__(self):
         return self.length
 
@@ -324,12 +329,15 @@ class Folder(Dataset):
         self.labels = np.array([position[label] for _, label in found.samples])
         self.transform, self.seed = transform, seed
 
+    def name(self, index):
+        return os.fsdecode(self.paths[index])
+
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, key):
         """key: (epoch, index).  Returns the image, float32 (3, size, size) in [0, 1], and its label, an int."""
-        image = load_image(os.fsdecode(self.paths[key[1]]))
+        image = load_image(self.name(key[1]))
         with seeded(self.seed, *key):
             return self.transform(image), int(self.labels[key[1]])
 
@@ -656,6 +664,9 @@ class Coco(Dataset):
             raise InputError(f"{path}: segment {min(unknown)} has no entry in {self.path}")
         return torch.from_numpy(ids), entry["segments_info"]
 
+    def name(self, index):
+        return os.path.join(self.folder, self.images[index][0])
+
     def __len__(self):
         return len(self.images)
 
@@ -663,7 +674,7 @@ class Coco(Dataset):
         """key: (epoch, index).  See above."""
         epoch, index = key
         name, number, size = self.images[index]
-        image = tv_tensors.Image(functional.pil_to_tensor(load_image(os.path.join(self.folder, name))))
+        image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(index))))
         if tuple(image.shape[-2:]) != size:
             found = f"{image.shape[2]} x {image.shape[1]}"
             raise InputError(f"{name}: {found} pixels, {self.path} says {size[1]} x {size[0]}")
@@ -744,13 +755,16 @@ class Ade(Dataset):
             raise InputError(f"{path}: {what} in it, the data set has labels 0 to {len(self.classes)}")
         return labels - 1
 
+    def name(self, index):
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, key):
         """key: (epoch, index).  See above."""
         epoch, index = key
-        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
+        path = self.name(index)
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(path)))
         size = tuple(image.shape[-2:])
         labels = self.label_map(index)
@@ -777,9 +791,21 @@ class SkipBroken(Dataset):
     broken: bool (n,), the samples met so far that were; it lies in memory that this process and its workers share.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, workers=0):
         self.dataset = dataset
         self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # of each worker: process, index
+
+    def read(self, loader):
+        """The loader's batches.  Raises InputError if one of its workers dies, with the file that it was on."""
+        try:
+            yield from loader
+        except RuntimeError as error:
+            dead = re.findall(r"\d+", str(error)) if "DataLoader worker" in str(error) else []
+            names = [self.dataset.name(index) for process, index in self.reading.tolist() if str(process) in dead]
+            if not names:
+                raise
+            raise InputError(f"{', '.join(names)}: a loader process died with it ({str(error).splitlines()[0]})") from error
 
     def __len__(self):
         return len(self.dataset)
@@ -788,6 +814,9 @@ class SkipBroken(Dataset):
         """key: (epoch, index).  Raises InputError once more than 1 % are broken (but ten may be, if that is not all)."""
         epoch, index = key
         while True:
+            worker = get_worker_info()
+            if worker:
+                self.reading[worker.id] = torch.tensor([os.getpid(), index])
             try:
                 return self.dataset[epoch, index]
             except InputError as error:
@@ -798,6 +827,12 @@ class SkipBroken(Dataset):
                 if count > min(max(10, length // 100), length - 1):
                     raise InputError(f"{count} of {length} training images are broken, the last: {error}") from error
                 index = (index + 1) % length
+
+
+def ignore_signals(worker):
+    """For workers: Ctrl-C and schedulers reach them, too, but they are needed until the step is finished."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class GlobalBatches(Sampler):

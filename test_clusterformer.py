@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Facts about the method and its use, against references written here in NumPy.   pytest -q"""
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import random
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -466,6 +472,52 @@ def test_dense_tasks_under_bfloat16_autocast_are_close(task):
         losses = train.dense_losses(model.train()(images), some_targets(task), 4)
     sum(losses.values()).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def strange_images(rng):
+    """Images of any size and aspect ratios up to 10: of noise, of one colour, of extremes."""
+    for kind in ("noise", "black", "white", "grey", "checks", "spot"):
+        short = int(rng.integers(32, 120))
+        long = min(300, int(short * rng.uniform(1, 10)))
+        image = torch.full((3, *rng.permutation([short, long])), dict(white=1.0, grey=0.5).get(kind, 0.0))
+        if kind == "noise":
+            image = torch.rand(image.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
+        elif kind == "checks":  # the fastest change there is
+            image[:, ::2, ::2] = image[:, 1::2, 1::2] = 1
+        elif kind == "spot":
+            image[:, -1, -1] = 1
+        yield image
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("precise", [True, False])
+def test_any_image_has_a_sound_answer(task, precise):
+    model = random_model() if task == "cls" else random_dense(task)
+    model.train()  # predict turns to evaluation by itself
+    images = [image for seed in range(2) for image in strange_images(np.random.default_rng(seed))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+        answers = [answer for i in range(0, len(images), 3) for answer in model.predict(images[i : i + 3])]
+    for image, answer in zip(images, answers):
+        height, width = image.shape[1:]
+        if "scores" in answer:
+            scores = answer["scores"]
+            assert scores.isfinite().all() and (scores >= 0).all() and (scores <= 1).all()
+            assert (scores.diff() <= 0).all() and len(scores) == len(answer["labels"]) <= 100
+            assert (answer["labels"] >= 0).all() and (answer["labels"] < model.num_classes).all()
+        if "boxes" in answer:
+            low, high = answer["boxes"].split(2, 1)
+            assert (low >= 0).all() and (low <= high).all() and (high <= torch.tensor([width, height])).all()
+        if "masks" in answer:
+            assert answer["masks"].shape == (len(answer["scores"]), height, width) and answer["masks"].dtype == torch.bool
+        if task == "sem":
+            assert answer["semantic"].shape == (height, width)
+            assert 0 <= answer["semantic"].min() and answer["semantic"].max() < model.num_classes
+        if task == "pan":
+            ids = {segment["id"] for segment in answer["segments"]}
+            assert answer["panoptic"].shape == (height, width) and len(ids) == len(answer["segments"])
+            assert set(answer["panoptic"].unique().tolist()) - {0} == ids
+            for segment in answer["segments"]:
+                assert segment["isthing"] == model.things[segment["label"]] and 0 <= segment["score"] <= 1
 
 
 def test_moments_are_the_box_of_an_even_cluster():
@@ -1180,6 +1232,16 @@ def test_any_image_is_rescaled_in_its_proportions_to_what_the_model_takes(size):
         assert len(shapes) > 1 or task == "sem"  # of which the least short side is half of the crop
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (20_000, 30), (30, 20_000)])
+def test_images_of_any_shape_are_classified(tmp_path, size):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat" / "folder.jpg").mkdir(parents=True)  # is none of its images
+        Image.new("RGB", size, (255, 0, 0)).save(tmp_path / split / "cat" / "a.jpg")
+    for split, transform in (("train", data.train_transform(32, 9, 0.0)), ("val", data.eval_transform(32))):
+        images = data.Folder(tmp_path, split, transform)
+        assert len(images) == 1 and images[0, 0][0].shape == (3, 32, 32)
+
+
 def test_jitter_draws_its_factors_evenly_and_keeps_boxes_on_their_masks():
     mask = torch.zeros(1, 100, 150, dtype=torch.bool)
     mask[:, 20:70, 30:120] = True
@@ -1482,16 +1544,16 @@ def test_semantic_figures_are_those_counted_pixel_by_pixel():
 # ---------------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------
-def two_processes(rank, function, path):
+def one_process(rank, function, path, count):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=count)
     torch.save(function(rank), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def on_two_processes(function, path):
-    torch.multiprocessing.spawn(two_processes, (function, str(path)), nprocs=2)
-    return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
+def on_processes(function, path, count=2):
+    torch.multiprocessing.spawn(one_process, (function, str(path), count), nprocs=count)
+    return [torch.load(path / f"{rank}.pt") for rank in range(count)]
 
 
 def loss_of(model, keys):
@@ -1509,7 +1571,7 @@ def gradients_of_half(rank):
 
 
 def test_two_processes_give_the_gradients_of_one_with_both_batches(tmp_path):
-    first, second = on_two_processes(gradients_of_half, tmp_path)
+    first, second = on_processes(gradients_of_half, tmp_path)
     model = random_model()
     (keys,) = data.GlobalBatches(100, 8, 1, 0)
     loss_of(model, keys).backward()
@@ -1538,7 +1600,7 @@ def dense_gradients_of_half(rank):
 
 
 def test_two_processes_divide_the_losses_by_the_targets_of_both(tmp_path):
-    first, second = on_two_processes(dense_gradients_of_half, tmp_path)
+    first, second = on_processes(dense_gradients_of_half, tmp_path)
     for name, expected in dense_gradients(range(6)).items():
         torch.testing.assert_close(first[name], expected, atol=1e-4, rtol=1e-3)
         assert torch.equal(first[name], second[name])
@@ -1548,10 +1610,11 @@ def evaluate_a_part(rank):
     return evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=7)
 
 
-def test_evaluation_on_two_processes_is_exact(tmp_path):
+@pytest.mark.parametrize("count", [2, 3])
+def test_evaluation_on_several_processes_is_exact(tmp_path, count):
     expected = evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=64)
     assert expected["images"] == 101
-    assert on_two_processes(evaluate_a_part, tmp_path) == [expected, expected]
+    assert on_processes(evaluate_a_part, tmp_path, count) == [expected] * count
 
 
 def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
@@ -1860,10 +1923,13 @@ def dense_metrics_of_a_part(rank):
     return {task: dense_metrics(task, half_right, length=11, batch_size=3, per_class=True) for task in DENSE}
 
 
-def test_dense_evaluation_on_two_processes_is_exact(tmp_path):
+@pytest.mark.parametrize("count", [2, 3])
+def test_dense_evaluation_on_several_processes_is_exact(tmp_path, count):
     expected = {task: dense_metrics(task, half_right, length=11, batch_size=7, per_class=True) for task in DENSE}
     assert all(0.1 < expected[task][evaluation.METRIC[task]] < 0.9 for task in DENSE)
-    for part in on_two_processes(dense_metrics_of_a_part, tmp_path):
+    loaded = {task: dense_metrics(task, half_right, length=11, batch_size=11, per_class=True, workers=2) for task in DENSE}
+    assert repr(loaded) == repr(expected)
+    for part in on_processes(dense_metrics_of_a_part, tmp_path, count):
         assert repr(part) == repr(expected)  # to the last bit; and nan is nan
 
 
@@ -1873,13 +1939,17 @@ def test_dense_evaluation_on_two_processes_is_exact(tmp_path):
 def call(module, capsys, *arguments):
     """Runs a script's main in this process.  Returns what it printed; raises SystemExit as the script would."""
     argv, sys.argv = sys.argv, [module.__name__ + ".py", *map(str, arguments)]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     try:
         evaluation.run(module.main)
     finally:
         sys.argv = argv
+        for number, handler in zip(SIGNALS, handlers):
+            signal.signal(number, handler)
     return capsys.readouterr().out
 
 
+SIGNALS = signal.SIGTERM, signal.SIGINT
 QUICK = ["--image-size", 32, "--patch-size", 2, "--batch-size", 50, "--workers", 0]
 
 
@@ -1900,30 +1970,6 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
 
-def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tmp_path, capsys, short_epochs):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments = [*QUICK, "--drop-path", 0.2, "--epochs", 3]
-    call(train, capsys, *arguments, "--out", whole)
-    save = train.save
-
-    def stop_after_the_first(value, path):
-        save(value, path)
-        raise KeyboardInterrupt
-
-    train.save = stop_after_the_first
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            call(train, capsys, *arguments, "--out", parts)
-    finally:
-        train.save = save
-    call(train, capsys, "--resume", "--out", parts, "--workers", 1)
-    a, b = (torch.load(out / "last.pt") for out in (whole, parts))
-    assert a["step"] == b["step"] == 12
-    assert set(a) >= {"model", "ema", "optimizer", "step", "epoch", "settings", "classes"}
-    for weights in ("model", "ema"):
-        assert all(torch.equal(a[weights][name], b[weights][name]) for name in a[weights])
-
-
 def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, short_epochs):
     for accumulate in (1, 5):
         call(train, capsys, *QUICK, "--epochs", 1, "--accumulate", accumulate, "--mixup", 0.8, "--out", tmp_path / str(accumulate))
@@ -1942,6 +1988,222 @@ def test_training_two_processes_under_torchrun(tmp_path, folder):
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 6
     assert done.stdout.count("images that it never saw") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs that are stopped, by whatever
+# ---------------------------------------------------------------------------------------------------------------
+def start(processes, *arguments, **options):
+    """Starts train.py, under torchrun if there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "train.py", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=HERE, env=environment, **pipes, **options)
+
+
+def members(mark):
+    """Processes with this text in their command line: pid -> pid of the parent."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if str(mark) in open(f"/proc/{name}/cmdline").read():
+                found[int(name)] = int(open(f"/proc/{name}/stat").read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            pass  # it has just ended
+    return found
+
+
+def kill(out):
+    """Of a run, everything at once, as when a machine goes down: torchrun, training processes, loaders."""
+    for pid in members(out):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def step_of(out):
+    return torch.load(out / "last.pt")["step"] if (out / "last.pt").exists() else 0
+
+
+def assert_same_end(a, b):
+    a, b = (torch.load(out / "last.pt") for out in (a, b))
+    assert a["step"] == b["step"]
+    for name in ("model", "ema"):
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name])
+    a, b = ([{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in x["log"]] for x in (a, b))
+    assert repr(a) == repr(b)  # nan is nan
+
+
+def many_times(content):
+    """Nine times the images of a COCO file, and their annotations, in the same files."""
+    for table, keys in (("images", ["id"]), ("annotations", ["id", "image_id"])):
+        entries = content[table]
+        content[table] = [e | {key: e[key] + 1000 * i for key in keys} for i in range(9) for e in entries]
+
+
+def short_run(task, folder):
+    """Arguments of a run of 18 steps in two epochs."""
+    if task == "det":
+        folder.mkdir()
+        write_coco(folder, "train")
+        write_coco(folder, "val")
+        edit_json(many_times)(folder)
+        return ["--task", "det", "--data", folder, "--variant", "nano", "--image-size", 48, "--test-size", 40,
+                "--batch-size", 2, "--epochs", 2, "--workers", 0, "--seed", 1]
+    write_images(folder, "train", ("cat", "dog"), count=18)
+    write_images(folder, "val", ("cat", "dog"))
+    return ["--data", folder, "--variant", "nano", "--image-size", 32, "--batch-size", 4, "--epochs", 2, "--drop-path", 0.2,
+            "--workers", 1]
+
+
+@pytest.mark.parametrize("task, processes", [("cls", 1), ("det", 2)])
+def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, task, processes, kills=2):
+    """KILLS=20 in the environment: that many times."""
+    arguments = short_run(task, tmp_path / "files")
+    assert start(processes, *arguments, "--out", tmp_path / "whole").wait() == 0
+    out, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(int(os.environ.get("KILLS", kills))):
+        run, before = start(processes, *arguments, "--out", out, "--resume", "--checkpoint-every", 0), step_of(out)
+        aim = rng.choice([(out / "last.pt.part").exists, lambda: step_of(out) > before])  # while it is written, or after it
+        wait_for(lambda: aim() or run.poll() is not None)
+        time.sleep(rng.uniform(0, 0.3))
+        kill(out)
+        run.communicate()
+        assert step_of(out) >= before
+    run = start(processes, "--out", out, "--resume", "--task", task)
+    printed, errors = run.communicate()
+    assert run.returncode == 0 and "goes on after step" in printed, errors
+    assert_same_end(tmp_path / "whole", out)
+
+
+def test_asked_to_stop_all_processes_finish_the_step_and_one_goes_on(tmp_path):
+    arguments = [*short_run("cls", tmp_path / "files"), "--epochs", 200]
+    out = tmp_path / "run"
+    run = start(2, *arguments, "--out", out, "--checkpoint-every", 0)
+    wait_for(lambda: step_of(out) > 2)
+    asked = time.time()
+    os.kill(run.pid, signal.SIGTERM)  # torchrun passes it on
+    printed, errors = run.communicate()
+    assert run.returncode != 0 and time.time() - asked < 20 and not members(out)
+    step = int(re.search(r"stopped after step (\d+) of 1800; --out \S+ --resume goes on", errors).group(1))
+    assert step == step_of(out)
+    run = start(1, "--out", out, "--resume")
+    wait_for(lambda: step_of(out) > step)
+    run.send_signal(signal.SIGINT)  # Ctrl-C
+    printed, errors = run.communicate()
+    assert run.returncode == 130 and "Traceback" not in errors and f"goes on after step {step}" in printed
+
+
+def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short_epochs):
+    out = tmp_path / "run"
+    call(train, capsys, *QUICK, "--epochs", 1, "--out", out)
+    torch.save(torch.load(out / "last.pt") | {"processes": 4}, out / "last.pt")
+    printed = call(train, capsys, "--resume", "--epochs", 2, "--out", out)
+    assert "goes on after step 4: 4 processes before, 1 now, which see the same images in every step" in printed
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
+    arguments, out = short_run("cls", tmp_path / "files"), tmp_path / "run"
+    assert start(1, *arguments, "--epochs", 1, "--out", out).wait() == 0
+    before = (out / "last.pt").read_bytes()
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # no file may grow beyond a megabyte
+    run = start(1, "--out", out, "--resume", "--epochs", 2, preexec_fn=full)
+    _, errors = run.communicate()
+    message = errors.splitlines()[-1]
+    assert run.returncode == 1 and message.startswith(f"train.py: error: {out}/last.pt: cannot be written ("), errors
+    assert "the last whole one is still there" in message
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
+    cf.load_checkpoint(out / "last.pt")
+
+
+def spoil(monkeypatch, steps):
+    """From now on the loss of these calls of losses_of is not a number."""
+    calls, right = itertools.count(), train.losses_of
+
+    def wrong(*arguments):
+        factor = math.nan if next(calls) in steps else 1.0
+        return {name: factor * loss for name, loss in right(*arguments).items()}
+
+    monkeypatch.setattr(train, "losses_of", wrong)
+
+
+def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(tmp_path, capsys, monkeypatch, short_epochs):
+    out = tmp_path / "run"
+    spoil(monkeypatch, {2, 3})
+    assert "2 steps of this epoch were skipped" in call(train, capsys, *QUICK, "--epochs", 1, "--out", out)
+    checkpoint = torch.load(out / "last.pt")
+    assert {state["step"].item() for state in checkpoint["optimizer"]["state"].values()} == {2.0} and checkpoint["step"] == 4
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert math.isfinite(checkpoint["log"][0]["loss"])
+
+
+def spoiled_on_one(rank):
+    """Weights after four steps, of which the second has no finite loss on one of two processes."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(40, *rest))
+        monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(4, 32, 0, "val"))
+        monkeypatch.setattr(train, "start_processes", lambda: (rank, 2, torch.device("cpu")))
+        monkeypatch.setattr(train, "evaluate", lambda *_: dict(top1=0.0, top5=0.0, images=4))
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, QUICK[:4]), "--batch-size", "10", "--epochs", "1", "--workers", "0",
+                                          "--out", os.environ["SPOILED"]])
+        states = []
+        monkeypatch.setattr(train, "save", lambda *_: None)
+        get = train.get_ema_multi_avg_fn
+        monkeypatch.setattr(train, "get_ema_multi_avg_fn", lambda decay: lambda ema, own, _: (states.append(own), get(decay)(ema, own, _)))
+        if rank == 1:
+            spoil(monkeypatch, {1})
+        train.main()
+    return len(states), [value.detach() for value in states[-1]]
+
+
+def test_all_processes_skip_the_step_in_which_one_has_no_finite_loss(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPOILED", str(tmp_path / "run"))
+    (first, weights), (second, others) = on_processes(spoiled_on_one, tmp_path)
+    assert first == second == 3
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(weights, others))
+
+
+def test_without_a_finite_loss_the_run_stops_and_its_checkpoint_is_from_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(2000, *rest))
+    monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(40, 32, 0, "val"))
+    spoil(monkeypatch, range(3, 100))
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"not finite in 20 steps in a row, 4 to 23: lower --lr .* is from before"):
+        call(train, capsys, *QUICK, "--epochs", 1, "--checkpoint-every", 0, "--out", out)
+    assert step_of(out) == 3
+    cf.load_checkpoint(out / "last.pt")
+
+
+def test_when_one_process_dies_the_other_does_not_wait_for_it(tmp_path):
+    out = tmp_path / "run"
+    run = start(2, *short_run("cls", tmp_path / "files"), "--epochs", 500, "--out", out, "--checkpoint-every", 0)
+    wait_for(lambda: step_of(out) > 0)
+    os.kill(max(pid for pid, parent in members(out).items() if parent == run.pid), signal.SIGKILL)
+    died = time.time()
+    _, errors = run.communicate()
+    assert run.returncode != 0 and time.time() - died < 60 and not members(out)
+
+
+class Deadly(data.Shapes):
+    def __getitem__(self, key):
+        if key[1] == 7:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does with one that takes too much memory
+        return super().__getitem__(key)
+
+
+def test_the_file_on_which_a_loader_process_died_is_named():
+    whole = data.SkipBroken(Deadly(20, 32, 0, "train"), workers=2)
+    loader = DataLoader(whole, 2, sampler=[(0, index) for index in range(20)], num_workers=2)
+    with pytest.raises(data.InputError, match="^scene 7: a loader process died with it"):
+        list(whole.read(loader))
 
 
 def test_init_takes_what_fits_and_says_what_does_not(tmp_path, capsys, short_epochs, folder):
@@ -2130,12 +2392,17 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
     torch.save(content | {"settings": content["settings"] | {"task": "depth"}}, task)
     fewer = tmp_path / "fewer.pt"
     torch.save(content | {"classes": ["cat", "dog"]}, fewer)
+    changed = tmp_path / "changed.pt"
+    weights = {name.replace("head.norm.weight", "head.scale"): value for name, value in content["ema"].items()}
+    torch.save(content | {"ema": weights}, changed)
     for arguments, complaint in [
         (["--checkpoint", tmp_path / "none.pt"], "no such checkpoint"),
         (["--checkpoint", half], "half.pt: not a readable checkpoint"),
         (["--checkpoint", other], "other.pt: not a checkpoint of train.py"),
         (["--checkpoint", task], "task must be one of cls, det, inst, sem, pan, got 'depth'"),
-        (["--checkpoint", fewer], "fewer.pt: its weights are not those of a nano with 2 classes"),
+        (["--checkpoint", fewer], "head.classifier.weight is (8, 256) instead of (2, 256)"),
+        (["--checkpoint", changed], "changed.pt: its weights are not those of a nano with 8 classes: head.norm.weight is missing, "
+                                    "head.scale is unknown"),
         (["--checkpoint", checkpoint, "--data", folder], "2 classes that the model is not trained for: cat, dog"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--checkpoint", checkpoint, "--batch-size", 0], "--batch-size must be at least 1"),

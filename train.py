@@ -14,7 +14,8 @@
     torchrun --nproc_per_node=8 train.py --task sem --data ADE_DIR --init CHECKPOINT
 
 Left out flags take their value from the recipe of the data.  The run leaves OUT/last.pt, OUT/best.pt, OUT/log.jsonl (a
-line an epoch) and OUT/metrics.json, and goes on from OUT/last.pt with --resume.
+line an epoch) and OUT/metrics.json.  Stopped at any moment, in whatever way, it goes on from OUT/last.pt with --resume,
+and ends with the weights of a run that was never stopped.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import copy
 import json
 import math
 import os
+import signal
+import sys
 import time
 from collections import Counter
 
@@ -47,6 +50,7 @@ from data import (
     SkipBroken,
     collate,
     dense_train_transform,
+    ignore_signals,
     mix,
     train_transform,
 )
@@ -90,7 +94,8 @@ def parse_settings():
     layouts = "cls: train/<class>/ and val/<class>/; det, inst, pan: COCO's layout; sem: ADE20K's"
     parser.add_argument("--data", metavar="DIR", help=f"folder of images and labels; {layouts} (default: draw shapes)")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and log go (default: runs/TASK)")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its settings")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its settings, if it is there")
+    parser.add_argument("--checkpoint-every", type=float, metavar="MINUTES", help="write OUT/last.pt this often (default: 10)")
     parser.add_argument("--init", metavar="FILE", help="start from the weights of this checkpoint, as far as they fit")
     parser.add_argument("--accumulate", type=int, help="chunks that a process's share of a batch is cut into (default: 1)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
@@ -119,6 +124,7 @@ def parse_settings():
     column = (0 if data is None else 1) if task == "cls" else 2 if data is None else 4 if task == "sem" else 3
     defaults = {name: row[column] for name, row in RECIPES.items()}
     defaults |= dict(data=None, resume=False, init=None, accumulate=1, compile=False, workers=default_workers(), seed=0)
+    defaults["checkpoint_every"] = 10.0
     settings = defaults | base | {"resume": False} | flags
     if settings["variant"] not in VARIANTS:
         raise InputError(f"--variant must be one of {', '.join(VARIANTS)}, got {settings['variant']}")
@@ -131,7 +137,8 @@ def parse_settings():
         raise InputError(f"--patch-size must be 2 or 4, got {settings['patch_size']}")
     if settings["drop_path"] is None:
         settings["drop_path"] = DROP_PATH[settings["variant"]]
-    minimum = {name: row[-2] for name, row in RECIPES.items()} | {"accumulate": 1, "workers": 0, "seed": 0}
+    minimum = {name: row[-2] for name, row in RECIPES.items()} | dict(accumulate=1, workers=0, seed=0)
+    minimum["checkpoint_every"] = 0.0
     for name, least in minimum.items():
         value, flag = settings[name], "--" + name.replace("_", "-")
         if least is not None and value is not None and not (least <= value < math.inf):  # NaN fails too
@@ -403,6 +410,9 @@ def learning_rate(step, steps, warmup_steps, peak, schedule):
     return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps))
 
 
+UNLUCKY = 20  # steps in a row without a finite loss: by then it is not one strange image
+
+
 def losses_of(model, output, targets, smoothing):
     """A dictionary of scalars, sums over images (cls) or targets."""
     if model.task == "cls":
@@ -419,10 +429,29 @@ def to_device(value, device):
     return value.to(device, non_blocking=True)
 
 
-def save(value, path):
-    """Writes beside the file and renames: whoever reads it sees the old one or the new one, never half of one."""
-    torch.save(value, path + ".part")
-    os.replace(path + ".part", path)
+def save(path, write):
+    """write(file) fills a file beside the one at path, which takes its name when it is on the disk, whole.
+
+    Whoever reads path sees the old one or the new one, never half of one, wherever the program is killed.
+    Raises InputError if it cannot be written; then path is as it was.
+    """
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # or, after a power failure, the new name may stand for an empty file
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); the last whole one is still there") from error
+
+
+def on_signals(action):
+    """From now on SIGTERM, of schedulers and torchrun, and SIGINT, of Ctrl-C, call action(exit code)."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: action(128 + number))
 
 
 def main():
@@ -437,6 +466,10 @@ def main():
     steps = settings["epochs"] * steps_per_epoch
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
 
+    def lr_at(step):
+        warmup_steps = settings["warmup_epochs"] * steps_per_epoch
+        return learning_rate(step, steps, warmup_steps, settings["lr"], settings["schedule"])
+
     torch.manual_seed(settings["seed"])
     model = ClusterFormer(
         task,
@@ -446,14 +479,15 @@ def main():
         drop_path=settings["drop_path"],
         things=things,
     )
-    first_step, best = 0, -1.0
+    last = os.path.join(out, "last.pt")
+    step, log, sums, skipped = 0, [], {}, 0  # log: what is known of each epoch; sums: losses of this one, but for skipped steps
     checkpoint = None
-    if settings["resume"] and os.path.exists(os.path.join(out, "last.pt")):
-        checkpoint = read_checkpoint(os.path.join(out, "last.pt"))[1]
+    if settings["resume"] and os.path.exists(last):
+        checkpoint = read_checkpoint(last)[1]
         if list(checkpoint["classes"]) != list(train.classes):
-            raise InputError(f"{out}/last.pt is of a run on {len(checkpoint['classes'])} other classes; give its --data")
+            raise InputError(f"{last} is of a run on {len(checkpoint['classes'])} other classes; give its --data")
         model.load_state_dict(checkpoint["model"])
-        first_step, best = checkpoint["step"], checkpoint["best"]
+        step, log, sums, skipped = (checkpoint[name] for name in ("step", "log", "sums", "skipped"))
     elif settings["init"]:
         take_weights(model, settings["init"], rank)
     model.to(device)
@@ -469,15 +503,16 @@ def main():
         runner = DistributedDataParallel(runner, device_ids=[device.index] if device.type == "cuda" else None)
 
     batches = GlobalBatches(
-        len(train), settings["batch_size"], steps, settings["seed"], rank, world_size, settings["accumulate"], mixing, first_step
+        len(train), settings["batch_size"], steps, settings["seed"], rank, world_size, settings["accumulate"], mixing, step
     )
-    whole = SkipBroken(train)
+    whole = SkipBroken(train, settings["workers"])
     loader = DataLoader(
         whole,
         batch_sampler=batches,
         num_workers=settings["workers"],
         pin_memory=device.type == "cuda",
         collate_fn=None if task == "cls" else collate,
+        worker_init_fn=ignore_signals,
     )
     val_batch = max(1, settings["batch_size"] // world_size) if task == "cls" or settings["data"] is None else 1
     if rank == 0:
@@ -491,89 +526,130 @@ def main():
         )
         if getattr(train, "dropped", 0):
             print(f"{train.dropped} objects without area are left out")
-    chunks, bar = iter(loader), tqdm(total=steps, initial=first_step, disable=True if rank else None)
-    sums, epoch_start, images_seen, metrics = Counter(), time.time(), 0, None
-    for step in range(first_step, steps):
-        warmup_steps = settings["warmup_epochs"] * steps_per_epoch
-        lr = learning_rate(step, steps, warmup_steps, settings["lr"], settings["schedule"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
-        # Stochastic depth and points of masks, too, are functions of the step: a resumed run goes on as if never stopped.
-        torch.manual_seed(int(np.random.SeedSequence((settings["seed"], step, rank)).generate_state(1)[0]))
-        share = [next(chunks) for _ in range(settings["accumulate"])]  # of this process in the batch
-        total = torch.tensor(float(settings["batch_size"]), device=device)
-        if task != "cls":  # images have few or many objects, and each object shall weigh the same
-            total.fill_(sum(len(target["labels"]) for _, targets in share for target in targets))
-            if world_size > 1:
-                dist.all_reduce(total)
-        for chunk, (images, targets) in enumerate(share):
-            images, targets = to_device(images, device), to_device(targets, device)
-            if mixing:
-                images, targets = mix(
-                    images, targets, num_classes, settings["mixup"], settings["cutmix"], settings["seed"], step
-                )
-            # Gradients travel between processes once a step, with the last chunk.
-            waits = world_size > 1 and chunk < settings["accumulate"] - 1
-            with runner.no_sync() if waits else contextlib.nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    output = runner(images)
-                losses = losses_of(model, output, targets, settings["smoothing"])
-                losses = {name: loss / total.clamp(min=1) for name, loss in losses.items()}
-                (sum(losses.values()) * world_size).backward()  # of which DDP takes the mean over the processes
-            sums.update({name: loss.detach() for name, loss in losses.items()})
-        if settings["clip"]:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
-        optimizer.step()
-        optimizer.zero_grad()
-        # The average forgets its start: after few steps it looks back over few steps.
-        decay = min(settings["ema"], (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-        images_seen += settings["batch_size"]
+        if checkpoint:
+            before = checkpoint["processes"]
+            print(f"goes on after step {step}" + ("" if before == world_size else f": {before} processes before, {world_size} "
+                  "now, which see the same images in every step, but round and draw stochastic depth differently"))
 
-        bar.update()
-        if step % 10 == 0 and not bar.disable:  # reading the loss waits for the GPU
-            speed = images_seen / (time.time() - epoch_start)
-            mean = world_size * sum(sums.values()) * settings["batch_size"] / images_seen
-            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
+    def write_text(name, text):
+        save(os.path.join(out, name), lambda file: file.write(text.encode()))
 
-        if (step + 1) % steps_per_epoch == 0:
-            epoch = (step + 1) // steps_per_epoch
-            seconds = time.time() - epoch_start
-            metrics = evaluate(ema, val, device, val_batch, settings["workers"])
-            means = torch.stack(list(sums.values())) * settings["batch_size"] / images_seen
-            broken = whole.broken.to(device)
+    def write_checkpoint(name):
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), settings=settings)
+        state |= dict(step=step, log=log, sums=sums, skipped=skipped, processes=world_size)
+        state |= dict(classes=list(train.classes), things=things)
+        save(os.path.join(out, name), lambda file: torch.save(state, file))
+
+    def leave(code):
+        if rank == 0:
+            print(f"stopped after step {step} of {steps}; --out {out} --resume goes on from there", file=sys.stderr)
+        sys.exit(code)
+
+    asked = []  # exit codes, of signals that asked to leave; the step is finished first
+    on_signals(asked.append)
+    start, start_step, saved, unlucky = time.time(), step, time.time(), 0
+    bar = tqdm(total=steps, initial=step, disable=True if rank else None)
+    with bar, contextlib.closing(whole.read(loader)) as chunks:  # whatever happens, the loader's processes end
+        while True:
+            done = step - len(log) * steps_per_epoch  # of this epoch
+            if done == steps_per_epoch:
+                seconds = time.time() - start
+                if rank == 0:
+                    write_checkpoint("last.pt")
+                on_signals(leave)  # at once: nothing is lost, and evaluation may take minutes
+                metrics = evaluate(ema, val, device, val_batch, settings["workers"])
+                on_signals(asked.append)
+                broken = whole.broken.to(device)
+                if world_size > 1:
+                    dist.all_reduce(broken, dist.ReduceOp.MAX)
+                losses = {name: value / max(1, done - skipped) for name, value in sums.items()}
+                line = dict(epoch=len(log) + 1, step=step, loss=sum(losses.values()), lr=lr_at(step - 1)) | metrics
+                line |= dict(images_per_second=(step - start_step) * settings["batch_size"] / seconds, seconds=seconds)
+                line |= {f"loss_{name}": value for name, value in losses.items() if task != "cls"}
+                improved = metrics[METRIC[task]] > max([-1.0, *(line[METRIC[task]] for line in log)])
+                log.append(line)
+                if rank == 0:  # last.pt last: killed before it, the next run does all this once more
+                    write_text("metrics.json", json.dumps(metrics, indent=2))
+                    write_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+                    if improved:
+                        write_checkpoint("best.pt")
+                    write_checkpoint("last.pt")
+                    tqdm.write(
+                        f"epoch {len(log)}/{settings['epochs']}  loss {line['loss']:.3f}  {describe(metrics, task)}  "
+                        f"{line['images_per_second']:.0f} images/s"
+                    )
+                    if broken.any():
+                        tqdm.write(f"{int(broken.sum())} of {len(train)} training images so far cannot be read")
+                    if skipped:
+                        tqdm.write(f"{skipped} steps of this epoch were skipped: their loss or gradient was not finite")
+                sums, skipped, start, start_step, saved = {}, 0, time.time(), step, time.time()
+            if step == steps:
+                break
+
+            lr = lr_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate"]
+            share = [next(chunks) for _ in range(settings["accumulate"])]  # of this process in the batch
+            # Stochastic depth and points of masks, too, are functions of the step: a resumed run goes on as if never stopped.
+            torch.manual_seed(int(np.random.SeedSequence((settings["seed"], step, rank)).generate_state(1)[0]))
+            total = torch.tensor(float(settings["batch_size"]), device=device)
+            if task != "cls":  # images have few or many objects, and each object shall weigh the same
+                total.fill_(sum(len(target["labels"]) for _, targets in share for target in targets))
+                if world_size > 1:
+                    dist.all_reduce(total)
+            parts = Counter()
+            for chunk, (images, targets) in enumerate(share):
+                images, targets = to_device(images, device), to_device(targets, device)
+                if mixing:
+                    images, targets = mix(
+                        images, targets, num_classes, settings["mixup"], settings["cutmix"], settings["seed"], step
+                    )
+                # Gradients travel between processes once a step, with the last chunk.
+                waits = world_size > 1 and chunk < settings["accumulate"] - 1
+                with runner.no_sync() if waits else contextlib.nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                        output = runner(images)
+                    losses = losses_of(model, output, targets, settings["smoothing"])
+                    losses = {name: loss / total.clamp(min=1) for name, loss in losses.items()}
+                    (sum(losses.values()) * world_size).backward()  # of which DDP takes the mean over the processes
+                parts.update({name: loss.detach() for name, loss in losses.items()})
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
+            # What all processes have to know, so that all do the same.  To read it waits for the GPU, once a step.
+            said = torch.stack([torch.tensor(float(len(asked)), device=device), norm, *parts.values()])
             if world_size > 1:
-                dist.all_reduce(means)
-                dist.all_reduce(broken, dist.ReduceOp.MAX)
-            if rank == 0:
-                line = dict(epoch=epoch, step=step + 1, loss=means.sum().item(), lr=lr) | metrics
-                line |= dict(images_per_second=images_seen / seconds, seconds=seconds)
-                if task != "cls":
-                    line |= {f"loss_{name}": value for name, value in zip(sums, means.tolist())}
-                with open(os.path.join(out, "log.jsonl"), "a") as file:
-                    file.write(json.dumps(line) + "\n")
-                improved, best = metrics[METRIC[task]] > best, max(best, metrics[METRIC[task]])
-                state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                state |= dict(step=step + 1, epoch=epoch, best=best, settings=settings)
-                state |= dict(classes=list(train.classes), things=things)
-                save(state, os.path.join(out, "last.pt"))
-                if improved:
-                    save(state, os.path.join(out, "best.pt"))
-                tqdm.write(
-                    f"epoch {epoch}/{settings['epochs']}  loss {line['loss']:.3f}  {describe(metrics, task)}  "
-                    f"{line['images_per_second']:.0f} images/s"
-                )
-                if broken.any():
-                    tqdm.write(f"{int(broken.sum())} of {len(train)} training images so far cannot be read")
-            sums, epoch_start, images_seen = Counter(), time.time(), 0
-    bar.close()
-    if metrics is None:  # --resume of a finished run
-        metrics = evaluate(ema, val, device, val_batch, settings["workers"])
+                dist.all_reduce(said)
+            stop, *finite = said.tolist()
+            if all(map(math.isfinite, finite)):
+                optimizer.step()
+                # The average forgets its start: after few steps it looks back over few steps.
+                decay = min(settings["ema"], (1 + step) / (10 + step))
+                get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+                sums = {name: sums.get(name, 0.0) + value for name, value in zip(parts, finite[1:])}
+                unlucky = 0
+            else:
+                skipped, unlucky = skipped + 1, unlucky + 1
+                if unlucky == UNLUCKY:
+                    raise InputError(
+                        f"loss or gradients were not finite in {unlucky} steps in a row, {step - unlucky + 2} to {step + 1}: lower "
+                        f"--lr (it is {lr:.1e} here) or --clip, or look at these images; {last} is from before"
+                    )
+            optimizer.zero_grad()
+            step += 1
+
+            bar.update()
+            if step % 10 == 0:
+                speed = (step - start_step) * settings["batch_size"] / (time.time() - start)
+                mean = sum(sums.values()) / max(1, step - len(log) * steps_per_epoch - skipped)
+                bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
+            # Never in a row of bad steps: it may end the run, and to go on from its middle would not help.
+            if rank == 0 and not unlucky and (stop or time.time() - saved > 60 * settings["checkpoint_every"]):
+                write_checkpoint("last.pt")
+                saved = time.time()
+            if stop:
+                leave(max(asked, default=128 + signal.SIGTERM))
     if rank == 0:
-        with open(os.path.join(out, "metrics.json"), "w") as file:
-            json.dump(metrics, file, indent=2)
-        print(f"{describe(metrics, task)} of {metrics['images']} images that it never saw")
-        print(f"python eval.py --checkpoint {os.path.join(out, 'last.pt')}")
+        print(f"{describe(log[-1], task)} of {len(val)} images that it never saw")
+        print(f"python eval.py --checkpoint {last}")
 
 
 if __name__ == "__main__":
