@@ -27,7 +27,7 @@ Letters, here and in the shapes at the ends of lines:
     K  centers        h     heads, each clustering on its own        d  channels of a head = D / h
     T  recursions     I     the tokens                               C  the centers
     M  the assignment: M[k, i] is the share that cluster k has of pixel i
-    W  M times likeness, how much pixel i weighs in the mean of cluster k
+    W  M times likeness, how much pixel i weighs in the mean of cluster k       1  a vector of ones: W 1 sums over pixels
 
 The file runs in the order in which an image meets it: where the centers start, clustering, dispatching, the
 block made of these, the backbone made of blocks; then the head of classification; neck, decoder and heads of detection
@@ -94,7 +94,7 @@ def layout_of(height, width, sizes=None, device=None, tokens_per_cell=2):
     """Layout of a map of height x width tokens.
 
     sizes: (B, 2) int64, real heights and widths in tokens, or None.
-    tokens_per_cell: of a small map; a large one has its 10 x 10 cells.  A cluster of one token is none: hence 2.
+    tokens_per_cell: of a small map; a large one has its 10 x 10 cells.  A cluster of one token has nothing to gather: hence 2.
     """
     masked = sizes is not None
     if not masked:
@@ -150,10 +150,11 @@ class RecurrentCrossAttentionClustering(nn.Module):
       the next round each head compares what other heads have gathered, and d x d projections suffice: full ones, of
       D to D channels, cost D / d times as much and were no better (one seed, small images).
 
-    What costs is passes over M, K numbers for every d of a token: per round one product writes the similarities, the
-    softmax turns them into M, two more passes into W, the mass and one product read it.  Keys and values are projected
-    once, whatever T is.  Inside, heads come before images: a head's projection is then one product for all images,
-    where (B, h, ...) would copy its d x d weights, and sum their gradients, for every image.
+    What costs is passes over M, which has K numbers where a head of a token has d channels: per round one product writes the
+    similarities, the softmax turns them into M, two more passes into W, the mass and one product read it; in training M and
+    W of all rounds are kept.  Keys and values are projected once, whatever T is.  Inside, heads come before images: a head's
+    projection is then one product for all images, where (B, h, ...) would copy its d x d weights, and sum their gradients,
+    for every image.
     """
 
     def __init__(self, dim, num_heads, iterations=3, temperature=10.0):
@@ -176,11 +177,13 @@ class RecurrentCrossAttentionClustering(nn.Module):
         mask: (B, N) bool, True for real tokens, or None if all are; the others weigh nothing.
         center_mask: (B, K) bool, True for real centers, or None if all are; the others get no pixels.
         trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
-        prior: (h, B, N, K), log of how likely a pixel is a center's whatever it looks like, or None; added to the similarity.
+        prior: (h, B, N, K), log of how likely a pixel is a center's whatever it looks like, or None.  Added to the similarity:
+            it counts in M and in the likeness.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
         keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
-        values = tokens.unflatten(-1, (-1, self.num_heads)).transpose(-2, -1)  # (B, N, h, d), every h-th channel
+        # (B, N, h, d): of four heads, the first compares channels 0 to d - 1 and gathers channels 0, 4, 8, ...
+        values = tokens.unflatten(-1, (-1, self.num_heads)).transpose(-2, -1)
         # The rounds run in float32 also under autocast.  It costs no memory traffic: the softmax gives float32 in any
         # case, and to cast M down would be one more pass over it.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -229,7 +232,7 @@ class FeatureDispatching(nn.Module):
     - the MLP inside of the sum: what a cluster has gathered is thought over once per cluster, not once per pixel.
       Without it a token gets little more than a blurred copy of itself, since its clusters are pixels that look like it.
 
-    The MLP ends in a layer of zeros: a new block leaves the tokens as they are.
+    The MLP ends in a layer of zeros: new dispatching adds nothing.
     """
 
     def __init__(self, dim, num_heads):
@@ -429,8 +432,9 @@ class ClassificationHead(nn.Module):
         logits = bias + W mean_k norm(C_k)
 
     Everything after the norm is linear, so that a logit is exactly the bias plus the mean over the centers of
-    w . norm(C_k), each center's share, and M_k / (M_k 1) spreads a share over the pixels without changing its sum: an
-    explanation that adds up.  Clustering once more puts the last block's dispatching to use.
+    w . norm(C_k), each center's share, and M_k / (M_k 1), with M the last of the trace, its heads averaged, spreads a share
+    over the pixels without changing its sum: an explanation that adds up.  Clustering once more puts the last block's
+    dispatching to use.
     """
 
     def __init__(self, dim, num_heads, num_classes, iterations=3):
@@ -486,7 +490,7 @@ class Neck(nn.Module):
 
 
 def moments(share, layout):
-    """The box that a cluster's pixels fill: mean and spread of their places.
+    """The box that a cluster's pixels fill: mean and spread of their places; the first boxes are those of the grid's cells.
 
     share: (B or 1, K, N), not negative.  Returns (B or 1, K, 4) float32: centre x, y, width, height in fractions of the
     image.  Over a side of length s, even density has the variance s^2 / 12; so s = sqrt(12 variance).
@@ -528,7 +532,7 @@ def place_prior(boxes, layout):
     middle, sides = boxes[..., :2], boxes[..., 2:]
     quarters = [torch.cat([middle + sides * sides.new_tensor(part), sides / 2], -1) for part in QUARTERS]
     prior = torch.stack([-2 * remoteness(quarter, layout).flatten(2).mT for quarter in quarters])
-    # Beyond -20 it is never, in float32; without the limit the tokens of an empty place would be divided by nothing.
+    # Not below -20: the weights of a box in which there is no token would all be 0 in float32, and so would their mass.
     return prior.clamp(min=-20)
 
 
@@ -619,12 +623,13 @@ class DetectionHead(nn.Module):
 class SegmentationHead(nn.Module):
     """The mask of a center: where the pixels' embeddings point its way, and that is not far from its box.
 
-        masks = MLP(C) . P - 2 s remoteness        P: the finest map of the neck, seen once more with its neighbours
+        masks = MLP(C) . P - 2 s min(remoteness, 8)      P: the finest map of the neck, seen once more with its neighbours
 
     s > 0, how much the box counts, is the center's own: a lot for one thing among its like, little for a sky.
 
-    In training, pixels also name their classes themselves.  A mask and the class of its center have to find each other
-    first, and until then tell the pixels little; their own classes tell them at once what is to be told apart.
+    In training, pixels also name their classes themselves, for a loss of their own; those of no class have none.  A mask and
+    the class of its center have to find each other first, and until then tell the pixels little; their own classes tell them
+    at once what is to be told apart.
     """
 
     def __init__(self, dim, num_classes):
@@ -648,7 +653,7 @@ class SegmentationHead(nn.Module):
     def forward(self, centers, boxes, pixels, layout):
         """centers: (B, K, D).  boxes: (B, K, 4).  pixels: (B, H, W, D).  layout: of these.  Returns logits (B, K, H, W)."""
         steepness = self.steepness(centers).float().exp()[..., None]  # (B, K, 1, 1)
-        far = remoteness(boxes, layout).clamp(max=8)  # farther than twice the sides is no worse
+        far = remoteness(boxes, layout).clamp(max=8)  # as far as the corners of a box of twice the sides; farther is no worse
         masks = torch.einsum("bkd,bhwd->bkhw", self.center(centers), pixels)
         return masks - (2 * steepness * far).to(masks.dtype)
 
@@ -679,7 +684,7 @@ def outlines(masks, boxes, layout):
 
 
 class Decoder(nn.Module):
-    """100 centers, started from the cells of a grid, and layers that look at strides 32, 16, 8 in turn, twice.
+    """100 centers, started from the cells of a grid, and six layers that look at strides 32, 16, 8 in turn.
 
     (On scenes of 96 pixels the coarse maps have 3 x 3 and 6 x 6 tokens; nano looks at stride 8 only, which learns faster.)
 
@@ -689,7 +694,7 @@ class Decoder(nn.Module):
 
     def __init__(self, task, dim, levels, num_classes, iterations=3):
         super().__init__()
-        self.levels = levels  # of each layer: 1 is the map at stride 8, 3 the one at stride 32
+        self.levels = levels  # of each layer: 1 is the finest of the last three maps, at stride 8, and 3 the coarsest
         self.token_norm = nn.LayerNorm(dim)
         self.center_ffn = mlp(dim, CENTER_RATIO[0])
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
@@ -759,9 +764,9 @@ def full_size(masks, image_size, stride, size):
 def best_objects(probability, boxes, threshold=0.6):
     """The (center, class) pairs of highest probability, at most 100, without repetitions.
 
-    A pair is a repetition if a better one of the same class overlaps it by more than the threshold.  Trained long, centers
-    leave an object to one of them; until then, and where two are left, this is what keeps an object from being counted
-    twice.  probability: (K, classes).  boxes: (K, 4) cxcywh.  Returns scores, labels, centers, each (n,), best first.
+    A pair is a repetition if a better one of the same class, itself one or not, overlaps it by more than the threshold.
+    Trained long, centers leave an object to one of them; until then, and where two are left, this is what keeps an object
+    from being counted twice.  probability: (K, classes).  boxes: (K, 4) cxcywh.  Returns scores, labels, centers, each (n,), best first.
     """
     scores, pairs = probability.flatten().topk(min(100, probability.numel()))
     centers, labels = pairs // probability.shape[1], pairs % probability.shape[1]
@@ -783,7 +788,7 @@ def panoptic_segments(probability, masks, things, threshold=0.1, overlap=0.6):
     """Every pixel's segment: things one a center, stuff one a class.
 
     Of the centers surer than `threshold` of a class, each pixel goes to the one whose probability times mask is largest.
-    A center that loses more than 1 - overlap of its mask to others was a repetition, and gets nothing.
+    A center that wins less than `overlap` of its mask was a repetition, and gets nothing.
     probability: (K, classes).  masks: (K, H, W) logits.  things: list of bool, for each class whether it is countable.
     Returns ids, int64 (H, W), 0 where no center has a mask, and a list of {"id", "label", "isthing", "score"}.
     """
