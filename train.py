@@ -95,7 +95,8 @@ def parse_settings():
     parser.add_argument("--data", metavar="DIR", help=f"folder of images and labels; {layouts} (default: draw shapes)")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and log go (default: runs/TASK)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its settings, if it is there")
-    parser.add_argument("--checkpoint-every", type=float, metavar="MINUTES", help="write OUT/last.pt this often (default: 10)")
+    often = "write OUT/last.pt this often, too; 0: after every step (default: 10)"
+    parser.add_argument("--checkpoint-every", type=float, metavar="MINUTES", help=often)
     parser.add_argument("--init", metavar="FILE", help="start from the weights of this checkpoint, as far as they fit")
     parser.add_argument("--accumulate", type=int, help="chunks that a process's share of a batch is cut into (default: 1)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
@@ -445,7 +446,8 @@ def save(path, write):
     except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
         with contextlib.suppress(OSError):
             os.remove(part)
-        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); the last whole one is still there") from error
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written ({why}); the last whole one is still there") from error
 
 
 def on_signals(action):
@@ -480,7 +482,8 @@ def main():
         things=things,
     )
     last = os.path.join(out, "last.pt")
-    step, log, sums, skipped = 0, [], {}, 0  # log: what is known of each epoch; sums: losses of this one, but for skipped steps
+    step, log = 0, []  # done in all; what is known of each epoch
+    sums, skipped = {}, 0  # of this epoch: losses, and steps without a finite one
     checkpoint = None
     if settings["resume"] and os.path.exists(last):
         checkpoint = read_checkpoint(last)[1]
@@ -527,9 +530,12 @@ def main():
         if getattr(train, "dropped", 0):
             print(f"{train.dropped} objects without area are left out")
         if checkpoint:
-            before = checkpoint["processes"]
-            print(f"goes on after step {step}" + ("" if before == world_size else f": {before} processes before, {world_size} "
-                  "now, which see the same images in every step, but round and draw stochastic depth differently"))
+            print(f"goes on after step {step}")
+            if checkpoint["processes"] != world_size:
+                print(
+                    f"{checkpoint['processes']} processes before, {world_size} now: every step sees the same images, but "
+                    "rounding and stochastic depth differ"
+                )
 
     def write_text(name, text):
         save(os.path.join(out, name), lambda file: file.write(text.encode()))
@@ -630,8 +636,8 @@ def main():
                 skipped, unlucky = skipped + 1, unlucky + 1
                 if unlucky == UNLUCKY:
                     raise InputError(
-                        f"loss or gradients were not finite in {unlucky} steps in a row, {step - unlucky + 2} to {step + 1}: lower "
-                        f"--lr (it is {lr:.1e} here) or --clip, or look at these images; {last} is from before"
+                        f"loss or gradients were not finite in {unlucky} steps in a row, {step - unlucky + 2} to {step + 1}: "
+                        f"lower --lr (it is {lr:.1e} here) or --clip, or look at these images; {last} is from before"
                     )
             optimizer.zero_grad()
             step += 1
