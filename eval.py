@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Evaluate a checkpoint of train.py, or measure speed and memory.
+"""Evaluate a checkpoint of train.py, draw what it sees, or measure speed and memory.
 
     python eval.py --checkpoint runs/cls/last.pt                                    on the data it was trained for
     python eval.py --checkpoint runs/cls/last.pt --data IMAGENET_DIR                on another folder's val/
     python eval.py --checkpoint runs/inst/last.pt --per-class --save-predictions inst.json
     torchrun --nproc_per_node=8 eval.py --checkpoint runs/inst/last.pt              on eight devices, the same figures
+    python eval.py --checkpoint runs/inst/last.pt --images photo.jpg DIR --clusters --out pictures
+    python eval.py --checkpoint runs/cls/last.pt --explain star cross               why the one and not the other
+    python eval.py --curve runs/cls/log.jsonl                                       loss and figure over epochs
     python eval.py --benchmark --variant tiny --image-size 224 --batch-size 8       beside torchvision's Swin and ConvNeXt
     python eval.py --benchmark --task inst --image-size 800 1333 --batch-size 1
 
@@ -32,17 +35,33 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from clusterformer import VARIANTS, ClusterFormer, load_checkpoint
-from data import Ade, Coco, Folder, InputError, Shapes, collate, dense_eval_transform, eval_transform, train_transform
+from clusterformer import VARIANTS, ClusterFormer, layout_of, load_checkpoint
+from data import (
+    Ade,
+    Coco,
+    Folder,
+    InputError,
+    Shapes,
+    as_pixels,
+    collate,
+    dense_eval_transform,
+    eval_transform,
+    load_image,
+    train_transform,
+)
 
 
 def start_processes():
@@ -373,6 +392,305 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+SURE = 0.3  # of det and inst, what is drawn; --json has everything
+# Seven colours that colour-blind readers can tell apart (Okabe and Ito, 2008); more are paler ones of the same.
+COLOURS = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66)]
+
+
+def colour(number):
+    """Of a class, an object or a cluster, RGB."""
+    pale = (0.0, 0.5, 0.25, 0.7)[number // len(COLOURS) % 4]
+    return tuple(round(c + pale * (255 - c)) for c in COLOURS[number % len(COLOURS)])
+
+
+def shown(image, side):
+    """An image, float (3, H, W), with a long side of `side` pixels; small ones keep their pixels as squares."""
+    size = [max(1, round(length * side / max(image.shape[1:]))) for length in image.shape[1:]]
+    how = InterpolationMode.NEAREST if side > max(image.shape[1:]) else InterpolationMode.BILINEAR
+    return functional.resize(image, size, how)
+
+
+def enlarged(values, size):
+    """(..., h, w) -> (..., H, W), every pixel repeated: maps are shown as they are, not as they would look smoothed."""
+    rows, columns = (torch.arange(new) * old // new for new, old in zip(size, values.shape[-2:]))
+    return values[..., rows, :][..., columns]
+
+
+def painted(image, regions, alpha=0.7):
+    """Regions in their colours over an image, with white borders, which tell them apart without colours, too.
+
+    image: float (3, H, W).  regions: int64 (H, W), -1 for none.  Returns a PIL picture.
+    """
+    table = torch.tensor([colour(number) for number in range(max(1, int(regions.max()) + 1))]) / 255  # (n, 3)
+    over = torch.lerp(image, table[regions.clamp(min=0)].permute(2, 0, 1), alpha * (regions >= 0).float())
+    border = torch.zeros_like(regions, dtype=torch.bool)
+    border[1:] |= regions[1:] != regions[:-1]
+    border[:, 1:] |= regions[:, 1:] != regions[:, :-1]
+    return functional.to_pil_image(over.masked_fill(border, 1.0))
+
+
+def label(picture, places, texts):
+    """Writes texts at (x, y), white on black, which can be read on anything, where they neither overlap nor stick out."""
+    draw, font, taken = ImageDraw.Draw(picture), ImageFont.load_default(13), []
+    for (x, y), text in zip(places, texts):
+        _, _, width, height = draw.textbbox((4, 5), text, font)
+        x, y = max(0, min(round(x), picture.width - width)), max(0, min(round(y), picture.height - height))
+        while any(abs(x - other[0]) < max(width, other[2]) and abs(y - other[1]) < height for other in taken):
+            y = y + 1 if y + height < picture.height else 0
+        taken.append((x, y, width))
+        draw.rectangle([x, y, x + width - 1, y + height - 1], "black")
+        draw.text((x + 2, y + 1), text, "white", font)
+
+
+def middle(mask):
+    """A pixel of a mask near its mean, (x, y)."""
+    places = mask.nonzero().float()
+    y, x = places[(places - places.mean(0)).square().sum(1).argmin()].tolist()
+    return x, y
+
+
+def legend(rows):
+    """A panel of lines of text, each with a bar of its colour before it.  rows: (colour, text, length of the bar, 0 to 1)."""
+    font = ImageFont.load_default(15)
+    width = max([60, *(int(font.getlength(text)) for _, text, _ in rows)])
+    panel = Image.new("RGB", (84 + width, 24 * len(rows) + 8), "white")
+    draw = ImageDraw.Draw(panel)
+    for i, (fill, text, length) in enumerate(rows):
+        draw.rectangle([6, 24 * i + 6, 8 + round(58 * length), 24 * i + 22], fill, "black")
+        draw.text((76, 24 * i + 4), text, "black", font)
+    return panel
+
+
+def sheet(rows):
+    """One picture of rows of panels, lists of (title, picture); titles stand above."""
+    font = ImageFont.load_default(15)
+    widths = [[max(picture.width, int(font.getlength(title)) + 1) + 12 for title, picture in row] for row in rows]
+    heights = [max(picture.height for _, picture in row) + 36 for row in rows]
+    whole = Image.new("RGB", (max(map(sum, widths)) + 12, sum(heights) + 12), "white")
+    draw, y = ImageDraw.Draw(whole), 12
+    for row, row_widths, height in zip(rows, widths, heights):
+        x = 12
+        for (title, picture), width in zip(row, row_widths):
+            draw.text((x, y), title, "black", font)
+            whole.paste(picture, (x, y + 24))
+            x += width
+        y += height
+    return whole
+
+
+def as_data(answer, names):
+    """One of predict()'s answers as a list of dictionaries; masks are run lengths, as in COCO's files."""
+
+    def runs(mask):
+        rle = mask_utils.encode(np.asfortranarray(mask.cpu().numpy(), np.uint8))
+        return dict(size=rle["size"], counts=rle["counts"].decode())
+
+    if "semantic" in answer:
+        masks = {c: answer["semantic"] == c for c in answer["semantic"].unique().tolist()}
+        return [dict(name=names[c], share=mask.float().mean().item(), mask=runs(mask)) for c, mask in masks.items()]
+    if "panoptic" in answer:
+        parts = [(part, answer["panoptic"] == part["id"]) for part in answer["segments"]]
+        return [dict(name=names[p["label"]], score=p["score"], isthing=p["isthing"], mask=runs(mask)) for p, mask in parts]
+    rows = [dict(name=names[c], score=score) for c, score in zip(answer["labels"].tolist(), answer["scores"].tolist())]
+    for i, row in enumerate(rows):
+        if "boxes" in answer:
+            row["box"] = [round(x, 2) for x in answer["boxes"][i].tolist()]  # left, top, right, bottom, in pixels of the file
+        if "masks" in answer:
+            row["mask"] = runs(answer["masks"][i])
+    return rows
+
+
+def prediction_panels(answer, names, image, size):
+    """One of predict()'s answers, in pixels of size (H, W), beside its image, float (3, H, W), whatever its size."""
+    image = shown(image, 560)
+    sides = image.shape[1:]
+    first = ("image", functional.to_pil_image(image))
+    if "semantic" in answer:
+        regions, name_of = answer["semantic"], names
+        text_of = [f"{name} {(regions == c).float().mean():.1%}" for c, name in enumerate(names)]
+    elif "panoptic" in answer:
+        regions = torch.full(size, -1)
+        for i, part in enumerate(answer["segments"]):
+            regions[answer["panoptic"] == part["id"]] = i
+        name_of = [names[part["label"]] for part in answer["segments"]]
+        text_of = [f"{name} {part['score']:.2f}" for name, part in zip(name_of, answer["segments"])]
+    else:
+        scores, found = answer["scores"].tolist(), [names[c] for c in answer["labels"].tolist()]
+        if "boxes" not in answer:
+            return [first, ("prediction", legend([(colour(0), f"{s:.3f} {name}", s) for s, name in zip(scores, found)]))]
+        sure, regions = sum(score >= SURE for score in scores), torch.full(sides, -1)
+        for i in reversed(range(sure if "masks" in answer else 0)):  # the surest on top
+            regions[enlarged(answer["masks"][i], sides)] = i
+        picture, stretch = painted(image, regions), torch.tensor([sides[1] / size[1], sides[0] / size[0]] * 2)
+        boxes = (answer["boxes"][:sure].cpu() * stretch).tolist()
+        for i, box in enumerate(boxes):
+            ImageDraw.Draw(picture).rectangle(box, outline=colour(i), width=3)
+        label(picture, [box[:2] for box in boxes], [f"{name} {score:.2f}" for name, score in zip(found, scores)])
+        return [first, (f"{sure} surer than {SURE}", picture)]
+    regions = enlarged(regions.cpu(), sides)
+    picture, numbers = painted(image, regions), [n for n in regions.unique().tolist() if n >= 0]
+    label(picture, [middle(regions == n) for n in numbers], [name_of[n] for n in numbers])
+    return [first, ("prediction", picture), ("", legend([(colour(n), text_of[n], 1) for n in numbers]))]
+
+
+def regions_of(assignment, map_size, image, stride):
+    """The cluster with the largest share of each pixel, int64 (H, W).  assignment: (h, K, N), of which heads are averaged."""
+    regions = assignment.mean(0).argmax(0).view(map_size).repeat_interleave(stride, 0).repeat_interleave(stride, 1)
+    return regions[: image.shape[1], : image.shape[2]]
+
+
+def cluster_panels(model, image):
+    """What the backbone's clusters are: the last block of each stage, and one block's rounds.  image: float (3, H, W)."""
+    trace = []
+    with torch.no_grad():
+        model([image], trace)
+    picture = shown(image, 320)
+
+    def panel(title, assignment, map_size, stride):
+        return title, painted(picture, enlarged(regions_of(assignment, map_size, image, stride).cpu(), picture.shape[1:]))
+
+    last = {entry["stage"]: entry for entry in trace}  # of each stage the last block
+    rows = [[("image", functional.to_pil_image(picture))], []]
+    for stage, stride in enumerate(model.backbone.strides):
+        M = last[stage]["assignments"][-1][0]
+        rows[0].append(panel(f"stride {stride}: {M.shape[1]} clusters", M, last[stage]["size"], stride))
+    stride, block = model.backbone.strides[1], last[1]
+    layout = layout_of(*block["size"])
+    cells = (layout.rows[:, :, None, :, None] * layout.columns[:, None, :, None]).flatten(3).flatten(1, 2)  # (1, K, N)
+    rounds = [cells, *(M[0] for M in block["assignments"])]
+    return [rows[0], [panel(f"stride {stride}, t = {t}", M, block["size"], stride) for t, M in enumerate(rounds)]]
+
+
+def explain(model, image, weights):
+    """The exact explanation of a logit, or of a difference of two: bias + sum of the shares of the centers.
+
+    image: float (3, H, W).  weights: (classes,), what each logit counts: 1 for one, 1 and -1 for a difference.
+    Returns the value, the bias, the shares (K,), and where they lie: (K, h, w), which sum over pixels to the shares.
+    """
+    trace = []
+    with torch.no_grad():
+        value = model([image], trace)["logits"][0] @ weights
+        C, M = trace[-1]["centers"][-1][0], trace[-1]["assignments"][-1][0].mean(0)  # (K, D), (K, N)
+        shares = model.head.center_norm(C) @ (weights @ model.head.classifier.weight) / len(C)
+        maps = shares[:, None] * M / M.sum(1, keepdim=True)
+    return value.item(), (weights @ model.head.classifier.bias).item(), shares, maps.unflatten(1, trace[-1]["size"])
+
+
+def explanation_panels(model, image, names, chosen):
+    """explain() for people.  chosen: no class (the likeliest), one, or two to be compared, as numbers."""
+    with torch.no_grad():
+        likeliest = model([image])["logits"][0].argmax().item()
+    chosen = chosen or [likeliest]
+    weights = torch.zeros(len(names), device=image.device)
+    for number, sign in zip(chosen, (1, -1)):
+        weights[number] = sign
+    value, bias, shares, maps = explain(model, image, weights)
+    stride, picture = model.backbone.strides[-1], shown(image, 320)
+
+    def over(values, strength=0.8):
+        """A map over the grey image: orange speaks for, blue against, grey is neutral."""
+        values = values.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[: image.shape[1], : image.shape[2]]
+        values = enlarged(values, picture.shape[1:]) / maps.sum(0).abs().max().clamp(min=1e-9)
+        grey = picture.mean(0).expand(3, -1, -1)
+        ends = torch.tensor([(213, 94, 0), (0, 114, 178)])[(values < 0).long()].permute(2, 0, 1) / 255
+        return functional.to_pil_image(torch.lerp(grey, ends, strength * values.abs().clamp(max=1)))
+
+    what = " - ".join(names[number] for number in chosen)
+    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(maps.sum(0).cpu()))]]
+    order = shares.argsort(descending=True).tolist()
+    speakers = {"for": [k for k in order[:5] if shares[k] > 0], "against": [k for k in order[::-1][:5] if shares[k] < 0]}
+    for side, centers in speakers.items():
+        if centers:
+            rows.append([(f"{side}: {shares[k]:+.3f} of center {k}", over(maps[k].cpu())) for k in centers])
+    told = [((213, 94, 0), f"all shares for it {shares.clamp(min=0).sum():+.3f}", 1)]
+    told += [((0, 114, 178), f"all shares against it {shares.clamp(max=0).sum():+.3f}", 1), ("white", f"bias {bias:+.3f}", 1)]
+    rows[0].append((f"together {value:+.3f}, the logit" if len(chosen) == 1 else f"together {value:+.3f}", legend(told)))
+    return rows
+
+
+def curve(path):
+    """Loss and figure over epochs, from OUT/log.jsonl.  Returns a PIL picture."""
+    try:
+        with open(path) as file:
+            log = [json.loads(line) for line in file]
+        name = next(name for name in METRIC.values() if name in log[0])
+        series = dict(loss=[line["loss"] for line in log]) | {name: [line[name] for line in log]}
+    except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
+        raise InputError(f"{path}: not a log.jsonl of train.py ({error})") from error
+    font, panels = ImageFont.load_default(13), []
+    for number, (title, values) in enumerate(series.items()):
+        panel = Image.new("RGB", (480, 320), "white")
+        draw, highest = ImageDraw.Draw(panel), max([1e-9, *filter(math.isfinite, values)])
+        step = next(s for s in (m * 10.0**e for e in range(-9, 12) for m in (1, 2, 5)) if 5 * s >= highest)
+        top = step * math.ceil(highest / step)
+        x = lambda epoch: 60 + 400 * (epoch - 1) / max(1, len(values) - 1)
+        y = lambda value: 290 - 270 * value / top
+        for tick in range(round(top / step) + 1):
+            value = step * tick
+            draw.line([60, y(value), 460, y(value)], "lightgrey")
+            draw.text((54, y(value)), f"{value:.3g}", "black", font, "rm")
+        for epoch in sorted({1 + round((len(values) - 1) * tick / 4) for tick in range(5)}):
+            draw.text((x(epoch), 296), str(epoch), "black", font, "ma")
+        points = [(x(epoch), y(value)) for epoch, value in enumerate(values, 1) if math.isfinite(value)]
+        draw.line(points, colour(number), 3)
+        for px, py in points if len(points) < 50 else []:
+            draw.ellipse([px - 4, py - 4, px + 4, py + 4], colour(number))
+        panels.append((f"{title} over epochs, last {values[-1]:.4g}", panel))
+    return sheet([panels])
+
+
+def images_of(paths, task, size):
+    """Pictures and folders of pictures -> a list of (name, image as the model takes it, size (H, W) in the file)."""
+    files = []
+    for path in paths:
+        inside = sorted(name for name in os.listdir(path) if is_image_file(name)) if os.path.isdir(path) else None
+        if inside == []:
+            raise InputError(f"{path}: no images in it")
+        files += [os.path.join(path, name) for name in inside] if inside else [path]
+    for path in files:
+        image = load_image(path)
+        if task == "cls":
+            yield path, eval_transform(size)(image), image.size[::-1]
+        else:
+            transform = dense_eval_transform(size, math.inf if task == "sem" else size * 1333 / 800)
+            yield path, as_pixels(transform(tv_tensors.Image(functional.pil_to_tensor(image)))), image.size[::-1]
+
+
+def held_out(data, image_size, task, classes, count=8):
+    """The first validation images, as of images_of()."""
+    dataset = validation_set(data, image_size, task, classes)
+    for index in range(min(count, len(dataset))):
+        image, target = dataset[0, index]
+        yield dataset.name(index), image, tuple(image.shape[1:]) if task == "cls" else target["size"]
+
+
+def draw(model, classes, items, out, clusters, chosen, device):
+    """Draws predictions, and if asked clusters and explanations, into the folder `out`.
+
+    items: as of images_of().  chosen: names of classes to explain, or None.  Returns what was found, for --json.
+    """
+    os.makedirs(out, exist_ok=True)
+    found, count = [], 0
+    for name, image, size in tqdm(items, "draw", leave=False, disable=None):
+        image = image.to(device)
+        (answer,) = model.predict([image], [size])
+        sheets = {"": [prediction_panels(answer, classes, image.cpu(), size)]}
+        if clusters:
+            sheets["-clusters"] = cluster_panels(model, image)
+        if chosen is not None:
+            sheets["-explained"] = explanation_panels(model, image, classes, [classes.index(name) for name in chosen])
+        stem = os.path.splitext(name)[0].strip(os.sep).replace(os.sep, "_").replace(" ", "_")
+        for suffix, rows in sheets.items():
+            sheet(rows).save(os.path.join(out, f"{stem}{suffix}.png"))
+        count += len(sheets)
+        found.append(dict(image=name, height=size[0], width=size[1], found=as_data(answer, classes)))
+    print(f"{count} pictures in {out}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Speed and memory
 # ---------------------------------------------------------------------------------------------------------------
 PEERS = {"nano": ("swin_t", "convnext_tiny"), "tiny": ("swin_t", "convnext_tiny"), "small": ("swin_s", "convnext_small")}
@@ -529,7 +847,7 @@ def main():
     batch_size = "images per step and process (default: cls and benchmark 128, dense tasks and benchmark on a CPU 8)"
     parser.add_argument("--batch-size", type=int, help=batch_size)
     parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE, as fractions of 1")
+    parser.add_argument("--json", metavar="FILE", help="also write figures, as fractions of 1, or predictions to FILE")
     parser.add_argument("--per-class", action="store_true", help="also AP, IoU or PQ of each class; not for cls")
     parser.add_argument(
         "--save-predictions",
@@ -537,14 +855,30 @@ def main():
         help="write them in COCO's format: det, inst: to FILE; pan: to FILE.json and PNGs in the folder FILE; "
         "sem: PNGs of label + 1 to the folder FILE",
     )
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument(
+        "--images", nargs="*", metavar="PATH", help="draw predictions for these images and folders (default: 8 held-out images)"
+    )
+    pictures.add_argument("--clusters", action="store_true", help="draw clusters of each stage, and one block's E- and M-steps")
+    pictures.add_argument(
+        "--explain", nargs="*", metavar="CLASS", help="cls: draw what speaks for a class (default: the likeliest), or for one "
+        "and against another"
+    )
+    pictures.add_argument("--curve", metavar="FILE", help="draw the log.jsonl of a run into a PNG beside it")
+    pictures.add_argument("--out", metavar="DIR", default="pictures", help="where pictures go (default: pictures)")
     speed = parser.add_argument_group("speed and memory, of fresh weights")
     speed.add_argument("--benchmark", action="store_true", help="images per second, peak memory, GMACs beside torchvision")
     speed.add_argument("--task", choices=PAPER_CLASSES, default="cls", help="model to measure (default: cls)")
     speed.add_argument("--variant", choices=VARIANTS, default="tiny", help="size of the model (default: tiny)")
     speed.add_argument("--compile", action="store_true", help="measure compiled models, too; takes minutes to start")
     args = parser.parse_args()
-    if bool(args.checkpoint) == args.benchmark:
-        raise InputError("give either --checkpoint FILE or --benchmark")
+    if bool(args.checkpoint) + args.benchmark + bool(args.curve) != 1:
+        raise InputError("give one of --checkpoint FILE, --curve FILE and --benchmark")
+    if args.curve:
+        path = os.path.splitext(args.curve)[0] + ".png"
+        curve(args.curve).save(path)
+        print(path)
+        return
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.workers is not None and args.workers < 0:
@@ -585,8 +919,22 @@ def main():
         raise InputError(f"--save-predictions {save}: for {task} it takes a {'folder' if task == 'sem' else '.json file'}")
     if save and not os.path.isdir(os.path.dirname(save) or "."):
         raise InputError(f"--save-predictions {save}: there is no folder {os.path.dirname(save)}")
+    draws = args.images is not None or args.clusters or args.explain is not None
+    chosen = args.explain or []
+    if draws and (world_size > 1 or save or args.per_class):
+        raise InputError("pictures are drawn by one process, without --per-class and --save-predictions")
+    if args.explain is not None and task != "cls" or len(chosen) > 2 or not set(chosen) <= set(classes):
+        raise InputError(f"--explain is for cls and takes up to two of its classes: {', '.join(classes)}")
     data = args.data or settings["data"]
     image_size = args.image_size[0] if args.image_size else settings.get("test_size") or settings["image_size"]
+    if draws:
+        model.to(device)
+        items = list(images_of(args.images, task, image_size)) if args.images else held_out(data, image_size, task, classes)
+        found = draw(model, classes, items, args.out, args.clusters, args.explain, device)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(found, file, indent=2)
+        return
     dataset = validation_set(data, image_size, task, classes)
     if list(dataset.classes) != classes:
         raise InputError(f"{args.checkpoint} is trained for {len(classes)} classes that shapes do not have; give --data")

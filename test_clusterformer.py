@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
@@ -1896,6 +1898,107 @@ def test_dense_images_are_judged_in_the_size_of_their_files_whatever_the_model_s
     assert image.shape == (3, 32, 48) and target["size"] == (40, 60)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("names", [["disc"], ["star", "bar"]])
+def test_the_explanation_of_a_logit_adds_up_to_it(names):
+    model, image = random_model().eval(), torch.rand(3, 200, 170)
+    weights = torch.zeros(10)
+    for sign, name in zip((1, -1), names):
+        weights[list(data.THINGS).index(name)] = sign
+    value, bias, shares, maps = evaluation.explain(model, image, weights)
+    logits = model([image])["logits"][0].detach()
+    assert value == pytest.approx((logits @ weights).item(), abs=1e-5)
+    assert bias + shares.sum().item() == pytest.approx(value, abs=1e-4)
+    torch.testing.assert_close(maps.sum((1, 2)), shares, atol=1e-5, rtol=1e-4)
+    assert len(shares) == 12 and maps.shape == (12, 7, 6)  # a center for 2 x 2 tokens of 32 pixels a side
+
+
+def saved_checkpoint(path, task):
+    model = cf.ClusterFormer("cls", "nano", num_classes=8) if task == "cls" else random_dense(task)
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    classes = list(data.THINGS)[: model.num_classes]
+    settings = dict(task=task, variant="nano", patch_size=4, image_size=64, data=None)
+    state = dict(model=model.state_dict(), ema=model.state_dict(), settings=settings, classes=classes, things=model.things)
+    torch.save(state, path)
+    return model.eval()
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+def test_predictions_are_drawn_and_written_as_data(tmp_path, capsys, task):
+    model = saved_checkpoint(tmp_path / "last.pt", task)
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    Image.new("L", (300, 100), 80).save(tmp_path / "b c.jpg")
+    out, found = tmp_path / "out", tmp_path / "found.json"
+    arguments = ["--checkpoint", tmp_path / "last.pt", "--images", tmp_path / "photos", tmp_path / "b c.jpg", "--clusters"]
+    printed = call(evaluation, capsys, *arguments, *(["--explain"] if task == "cls" else []), "--out", out, "--json", found)
+    count = 6 if task == "cls" else 4
+    assert f"{count} pictures in {out}" in printed and len(list(out.iterdir())) == count
+    for path in out.iterdir():
+        with Image.open(path) as picture:
+            assert min(picture.size) > 100 and picture.convert("L").getextrema()[0] < 100
+    a, b = json.loads(found.read_text())
+    assert a["image"].endswith("a.png") and (a["height"], a["width"], b["height"], b["width"]) == (50, 90, 100, 300)
+    (_, image, size), _ = evaluation.images_of([tmp_path / "photos", tmp_path / "b c.jpg"], task, 64)
+    (answer,) = model.predict([image], [size])
+    if task in ("cls", "det", "inst"):
+        assert [x["name"] for x in a["found"]] == [list(data.THINGS)[c] for c in answer["labels"]]
+        assert [x["score"] for x in a["found"]] == pytest.approx(answer["scores"].tolist(), abs=1e-5)
+    if task in ("inst", "sem", "pan"):
+        for x in a["found"]:
+            mask = mask_utils.decode(x["mask"])
+            assert mask.shape == (50, 90)
+        if task == "sem":
+            assert sum(mask_utils.decode(x["mask"]) for x in a["found"]).min() == 1
+            assert sum(x["share"] for x in a["found"]) == pytest.approx(1)
+
+
+def test_without_images_held_out_ones_are_drawn(tmp_path, capsys):
+    saved_checkpoint(tmp_path / "last.pt", "cls")
+    call(evaluation, capsys, "--checkpoint", tmp_path / "last.pt", "--explain", "star", "disc", "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir())[:2] == ["scene_0-explained.png", "scene_0.png"]
+    assert len(list((tmp_path / "out").iterdir())) == 16
+
+
+def test_the_rounds_of_a_block_begin_with_the_cells_of_a_grid():
+    rows = evaluation.cluster_panels(random_model().eval(), torch.rand(3, 64, 64))
+    assert [title for title, _ in rows[0]] == ["image", "stride 4: 64 clusters", "stride 8: 16 clusters", "stride 16: 4 clusters",
+                                               "stride 32: 1 clusters"]
+    assert [title for title, _ in rows[1]] == [f"stride 8, t = {t}" for t in range(4)]
+    first = np.asarray(rows[1][0][1])
+    assert len({tuple(first[y, x]) for y in (40, 280) for x in (40, 280)}) == 4
+
+
+def test_a_log_becomes_a_picture(tmp_path, capsys):
+    lines = [dict(epoch=i + 1, loss=3 / (i + 1), top1=0.2 * i) for i in range(4)] + [dict(epoch=5, loss=math.nan, top1=0.9)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert call(evaluation, capsys, "--curve", tmp_path / "log.jsonl").strip() == str(tmp_path / "log.png")
+    with Image.open(tmp_path / "log.png") as picture:
+        assert picture.width > 900
+    (tmp_path / "other.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="other.jsonl: not a log.jsonl of train.py"):
+        call(evaluation, capsys, "--curve", tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    "task, arguments, complaint",
+    [
+        ("cls", ["--images", "/no/such.jpg"], "/no/such.jpg: cannot be read as an image"),
+        ("cls", ["--explain", "wolf"], "takes up to two of its classes: disc, ring"),
+        ("det", ["--explain"], "--explain is for cls"),
+        ("det", ["--images", "--per-class"], "pictures are drawn by one process"),
+    ],
+)
+def test_one_line_says_why_there_are_no_pictures(tmp_path, capsys, task, arguments, complaint):
+    saved_checkpoint(tmp_path / "last.pt", task)
+    with pytest.raises(SystemExit) as stop:
+        call(evaluation, capsys, "--checkpoint", tmp_path / "last.pt", "--out", tmp_path / "out", *arguments)
+    assert complaint in str(stop.value) and "\n" not in str(stop.value)
+
+
 @pytest.mark.parametrize("task", DENSE)
 def test_the_command_line_prints_figures_and_classes(tmp_path, capsys, monkeypatch, task):
     dataset = data.Shapes(500, 96, 0, "val", task)
@@ -2107,7 +2210,7 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short
     call(train, capsys, *QUICK, "--epochs", 1, "--out", out)
     torch.save(torch.load(out / "last.pt") | {"processes": 4}, out / "last.pt")
     printed = call(train, capsys, "--resume", "--epochs", 2, "--out", out)
-    assert "goes on after step 4: 4 processes before, 1 now, which see the same images in every step" in printed
+    assert "goes on after step 4\n4 processes before, 1 now: every step sees the same images" in printed
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
@@ -2429,6 +2532,60 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         cf.load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "broken-in").exists()
+
+
+def readme(language):
+    """Blocks of the README in a language."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        return re.findall(rf"```{language}\n(.*?)```", file.read(), re.DOTALL)
+
+
+def commands():
+    """Command lines in the README, in blocks and in the text, and in the scripts' own explanations."""
+    with open(os.path.join(HERE, "README.md")) as file:
+        text = "\n".join([*readme("bash"), *re.findall(r"`((?:torchrun|python) [^`]+)`", file.read()), train.__doc__, evaluation.__doc__])
+    lines = [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines()]
+    lines = [re.split(r"\s#|\s{3,}", line)[0].split() for line in lines if line.startswith(("torchrun", "python"))]
+    return sorted({tuple(line) for line in lines if "--help" not in line})
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_that_is_written_down_is_understood(tmp_path, monkeypatch, command):
+    """Up to where data and checkpoints are read; the runs themselves are tested above, shortened."""
+    monkeypatch.chdir(tmp_path)
+    words = list(command[1:])
+    if command[0] == "torchrun":
+        launch = torch.distributed.run.get_args_parser().parse_args(words)
+        words = [launch.training_script, *launch.training_script_args]
+    monkeypatch.setattr(sys, "argv", words)
+    if words[0] == "train.py":
+        settings = train.parse_settings()
+        assert settings["task"] in cf.TASKS
+    else:
+        assert words[0] == "eval.py"
+        monkeypatch.setattr(evaluation, "start_processes", lambda: sys.exit("understood"))
+        monkeypatch.setattr(evaluation, "curve", lambda path: sys.exit("understood"))
+        with pytest.raises(SystemExit, match="^understood$"):
+            evaluation.main()
+
+
+def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "cls").mkdir(parents=True)
+    saved_checkpoint(tmp_path / "runs" / "cls" / "last.pt", "cls")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save("photo.jpg")
+    first, detector = readme("python")
+    exec(first, {})
+    printed = capsys.readouterr().out
+    assert any(name in printed for name in data.THINGS) and "torch.Size([1, 4, 2, 6]) torch.Size([2, 3])" in printed
+    assert len(detector.splitlines()) <= 20
+    names = {}
+    exec(detector, names)
+    target = dict(boxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]]), labels=torch.tensor([3]))
+    small = names["FasterRCNN"](names["Maps"](), 5, min_size=64, rpn_anchor_generator=names["anchors"])
+    losses = small.train()([torch.rand(3, 64, 64)], [target])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values()) and len(names["detector"].eval()([torch.rand(3, 64, 64)])) == 1
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
