@@ -672,7 +672,7 @@ def draw(model, classes, items, out, clusters, chosen, device):
     items: as of images_of().  chosen: names of classes to explain, or None.  Returns what was found, for --json.
     """
     os.makedirs(out, exist_ok=True)
-    found, count = [], 0
+    found, used = [], Counter()
     for name, image, size in tqdm(items, "draw", leave=False, disable=None):
         image = image.to(device)
         (answer,) = model.predict([image], [size])
@@ -681,12 +681,13 @@ def draw(model, classes, items, out, clusters, chosen, device):
             sheets["-clusters"] = cluster_panels(model, image)
         if chosen is not None:
             sheets["-explained"] = explanation_panels(model, image, classes, [classes.index(name) for name in chosen])
-        stem = os.path.splitext(name)[0].strip(os.sep).replace(os.sep, "_").replace(" ", "_")
+        stem = os.path.splitext(os.path.basename(name))[0]
+        used[stem] += 1  # of other folders, or another format
+        stem += f"-{used[stem]}" if used[stem] > 1 else ""
         for suffix, rows in sheets.items():
             sheet(rows).save(os.path.join(out, f"{stem}{suffix}.png"))
-        count += len(sheets)
         found.append(dict(image=name, height=size[0], width=size[1], found=as_data(answer, classes)))
-    print(f"{count} pictures in {out}")
+    print(f"{len(found)} images drawn in {out}")
     return found
 
 

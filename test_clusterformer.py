@@ -1933,14 +1933,18 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, capsys, task):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
     Image.new("L", (300, 100), 80).save(tmp_path / "b c.jpg")
     out, found = tmp_path / "out", tmp_path / "found.json"
-    arguments = ["--checkpoint", tmp_path / "last.pt", "--images", tmp_path / "photos", tmp_path / "b c.jpg", "--clusters"]
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
+    images = [tmp_path / "photos", tmp_path / "b c.jpg", tmp_path / "a.jpg"]
+    arguments = ["--checkpoint", tmp_path / "last.pt", "--images", *images, "--clusters"]
     printed = call(evaluation, capsys, *arguments, *(["--explain"] if task == "cls" else []), "--out", out, "--json", found)
-    count = 6 if task == "cls" else 4
-    assert f"{count} pictures in {out}" in printed and len(list(out.iterdir())) == count
+    assert f"3 images drawn in {out}" in printed
+    kinds = ["", "-clusters", "-explained"] if task == "cls" else ["", "-clusters"]
+    names = {f"{name}{kind}.png" for name in ("a", "b c", "a-2") for kind in kinds}
+    assert {path.name for path in out.iterdir()} == names
     for path in out.iterdir():
         with Image.open(path) as picture:
             assert min(picture.size) > 100 and picture.convert("L").getextrema()[0] < 100
-    a, b = json.loads(found.read_text())
+    a, b, _ = json.loads(found.read_text())
     assert a["image"].endswith("a.png") and (a["height"], a["width"], b["height"], b["width"]) == (50, 90, 100, 300)
     (_, image, size), _ = evaluation.images_of([tmp_path / "photos", tmp_path / "b c.jpg"], task, 64)
     (answer,) = model.predict([image], [size])
@@ -1959,7 +1963,7 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, capsys, task):
 def test_without_images_held_out_ones_are_drawn(tmp_path, capsys):
     saved_checkpoint(tmp_path / "last.pt", "cls")
     call(evaluation, capsys, "--checkpoint", tmp_path / "last.pt", "--explain", "star", "disc", "--out", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir())[:2] == ["scene_0-explained.png", "scene_0.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir())[:2] == ["scene 0-explained.png", "scene 0.png"]
     assert len(list((tmp_path / "out").iterdir())) == 16
 
 
