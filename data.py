@@ -829,10 +829,15 @@ class SkipBroken(Dataset):
                 index = (index + 1) % length
 
 
+def ignore_interrupts(worker):
+    """For workers: Ctrl-C reaches every process of a terminal, but what becomes of them is for their parent to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def ignore_signals(worker):
-    """For workers: Ctrl-C and schedulers reach them, too, but they are needed until the step is finished."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For workers in training: they are needed until the step is finished, whoever asks to stop."""
+    ignore_interrupts(worker)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Python ends them, so that the parent has to close its loader
 
 
 class GlobalBatches(Sampler):

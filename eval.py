@@ -59,6 +59,7 @@ from data import (
     collate,
     dense_eval_transform,
     eval_transform,
+    ignore_interrupts,
     load_image,
     train_transform,
 )
@@ -354,7 +355,13 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
     together = None if task == "cls" else collate  # None: one tensor
     loader = DataLoader(
-        dataset, batch_size, sampler=keys, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=together
+        dataset,
+        batch_size,
+        sampler=keys,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=together,
+        worker_init_fn=ignore_interrupts,
     )
     bar = tqdm(loader, "evaluate", leave=False, disable=True if rank else None)
     if task == "cls":
@@ -437,8 +444,9 @@ def label(picture, places, texts):
     for (x, y), text in zip(places, texts):
         _, _, width, height = draw.textbbox((4, 5), text, font)
         x, y = max(0, min(round(x), picture.width - width)), max(0, min(round(y), picture.height - height))
-        while any(abs(x - other[0]) < max(width, other[2]) and abs(y - other[1]) < height for other in taken):
-            y = y + 1 if y + height < picture.height else 0
+        rows = [*range(y, picture.height - height + 1), *range(y)]  # from there down, then from the top; or where it is
+        free = (row for row in rows if all(abs(row - b) >= height or a >= x + width or x >= a + w for a, b, w in taken))
+        y = next(free, y)
         taken.append((x, y, width))
         draw.rectangle([x, y, x + width - 1, y + height - 1], "black")
         draw.text((x + 2, y + 1), text, "white", font)
@@ -484,7 +492,7 @@ def as_data(answer, names):
     """One of predict()'s answers as a list of dictionaries; masks are run lengths, as in COCO's files."""
 
     def runs(mask):
-        rle = mask_utils.encode(np.asfortranarray(mask.cpu().numpy(), np.uint8))
+        rle = mask_utils.encode(np.asfortranarray(mask.numpy(), np.uint8))
         return dict(size=rle["size"], counts=rle["counts"].decode())
 
     if "semantic" in answer:
@@ -524,12 +532,12 @@ def prediction_panels(answer, names, image, size):
         for i in reversed(range(sure if "masks" in answer else 0)):  # the surest on top
             regions[enlarged(answer["masks"][i], sides)] = i
         picture, stretch = painted(image, regions), torch.tensor([sides[1] / size[1], sides[0] / size[0]] * 2)
-        boxes = (answer["boxes"][:sure].cpu() * stretch).tolist()
+        boxes = (answer["boxes"][:sure] * stretch).tolist()
         for i, box in enumerate(boxes):
             ImageDraw.Draw(picture).rectangle(box, outline=colour(i), width=3)
         label(picture, [box[:2] for box in boxes], [f"{name} {score:.2f}" for name, score in zip(found, scores)])
         return [first, (f"{sure} surer than {SURE}", picture)]
-    regions = enlarged(regions.cpu(), sides)
+    regions = enlarged(regions, sides)
     picture, numbers = painted(image, regions), [n for n in regions.unique().tolist() if n >= 0]
     label(picture, [middle(regions == n) for n in numbers], [name_of[n] for n in numbers])
     return [first, ("prediction", picture), ("", legend([(colour(n), text_of[n], 1) for n in numbers]))]
@@ -546,7 +554,7 @@ def cluster_panels(model, image):
     trace = []
     with torch.no_grad():
         model([image], trace)
-    picture = shown(image, 320)
+    picture = shown(image.cpu(), 320)
 
     def panel(title, assignment, map_size, stride):
         return title, painted(picture, enlarged(regions_of(assignment, map_size, image, stride).cpu(), picture.shape[1:]))
@@ -587,6 +595,7 @@ def explanation_panels(model, image, names, chosen):
     for number, sign in zip(chosen, (1, -1)):
         weights[number] = sign
     value, bias, shares, maps = explain(model, image, weights)
+    shares, maps, image = shares.cpu(), maps.cpu(), image.cpu()
     stride, picture = model.backbone.strides[-1], shown(image, 320)
 
     def over(values, strength=0.8):
@@ -598,12 +607,12 @@ def explanation_panels(model, image, names, chosen):
         return functional.to_pil_image(torch.lerp(grey, ends, strength * values.abs().clamp(max=1)))
 
     what = " - ".join(names[number] for number in chosen)
-    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(maps.sum(0).cpu()))]]
+    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(maps.sum(0)))]]
     order = shares.argsort(descending=True).tolist()
     speakers = {"for": [k for k in order[:5] if shares[k] > 0], "against": [k for k in order[::-1][:5] if shares[k] < 0]}
     for side, centers in speakers.items():
         if centers:
-            rows.append([(f"{side}: {shares[k]:+.3f} of center {k}", over(maps[k].cpu())) for k in centers])
+            rows.append([(f"{side}: {shares[k]:+.3f} of center {k}", over(maps[k])) for k in centers])
     told = [((213, 94, 0), f"all shares for it {shares.clamp(min=0).sum():+.3f}", 1)]
     told += [((0, 114, 178), f"all shares against it {shares.clamp(max=0).sum():+.3f}", 1), ("white", f"bias {bias:+.3f}", 1)]
     rows[0].append((f"together {value:+.3f}, the logit" if len(chosen) == 1 else f"together {value:+.3f}", legend(told)))
@@ -676,6 +685,7 @@ def draw(model, classes, items, out, clusters, chosen, device):
     for name, image, size in tqdm(items, "draw", leave=False, disable=None):
         image = image.to(device)
         (answer,) = model.predict([image], [size])
+        answer = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in answer.items()}
         sheets = {"": [prediction_panels(answer, classes, image.cpu(), size)]}
         if clusters:
             sheets["-clusters"] = cluster_panels(model, image)
@@ -957,6 +967,8 @@ def run(main):
         # From a loader process the error arrives with that process's traceback before it: keep its last line.
         message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C, as shells have it; no traceback
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
