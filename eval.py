@@ -598,21 +598,21 @@ def explanation_panels(model, image, names, chosen):
     shares, maps, image = shares.cpu(), maps.cpu(), image.cpu()
     stride, picture = model.backbone.strides[-1], shown(image, 320)
 
-    def over(values, strength=0.8):
-        """A map over the grey image: orange speaks for, blue against, grey is neutral."""
+    def over(values, largest, strength=0.8):
+        """A map over the grey image: orange speaks for, blue against, grey is neutral; the colours are full at `largest`."""
         values = values.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[: image.shape[1], : image.shape[2]]
-        values = enlarged(values, picture.shape[1:]) / maps.sum(0).abs().max().clamp(min=1e-9)
+        values = enlarged(values, picture.shape[1:]) / largest.clamp(min=1e-9)
         grey = picture.mean(0).expand(3, -1, -1)
         ends = torch.tensor([(213, 94, 0), (0, 114, 178)])[(values < 0).long()].permute(2, 0, 1) / 255
         return functional.to_pil_image(torch.lerp(grey, ends, strength * values.abs().clamp(max=1)))
 
     what = " - ".join(names[number] for number in chosen)
-    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(maps.sum(0)))]]
+    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(maps.sum(0), maps.sum(0).abs().max()))]]
     order = shares.argsort(descending=True).tolist()
     speakers = {"for": [k for k in order[:5] if shares[k] > 0], "against": [k for k in order[::-1][:5] if shares[k] < 0]}
     for side, centers in speakers.items():
         if centers:
-            rows.append([(f"{side}: {shares[k]:+.3f} of center {k}", over(maps[k])) for k in centers])
+            rows.append([(f"{side}: {shares[k]:+.3f} of center {k}", over(maps[k], maps.abs().max())) for k in centers])
     told = [((213, 94, 0), f"all shares for it {shares.clamp(min=0).sum():+.3f}", 1)]
     told += [((0, 114, 178), f"all shares against it {shares.clamp(max=0).sum():+.3f}", 1), ("white", f"bias {bias:+.3f}", 1)]
     rows[0].append((f"together {value:+.3f}, the logit" if len(chosen) == 1 else f"together {value:+.3f}", legend(told)))
