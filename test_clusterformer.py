@@ -1300,7 +1300,7 @@ def test_training_goes_on_with_the_next_image_and_tells_once_of_a_broken_one(fol
     (folder / "train" / "cat" / "4.png").write_text("this is no image")
     (folder / "train" / "dog" / "7.png").write_bytes(b"")  # the last of all: the first one is next
     images = data.Folder(folder, "train", data.train_transform(32, 0, 0))
-    whole = data.SkipBroken(images)
+    whole = data.SkipBroken(images, workers)
     keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
     batches = list(DataLoader(whole, batch_sampler=keys, num_workers=workers))
     for epoch, (pixels, labels) in enumerate(batches):
