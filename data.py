@@ -789,6 +789,7 @@ class SkipBroken(Dataset):
 
     A line on stderr says which file it was, and why, once.  The substitute is the same for any number of processes.
     broken: bool (n,), the samples met so far that were; it lies in memory that this process and its workers share.
+    workers: how many processes will read it; `read` then knows which sample each is at.
     """
 
     def __init__(self, dataset, workers=0):
