@@ -489,6 +489,11 @@ class Neck(nn.Module):
         return outputs[::-1]
 
 
+def cells_of(layout):
+    """The grid's cells as the clusters that they are at first: (B or 1, K, N), the weight of each token in its center."""
+    return (layout.rows[:, :, None, :, None] * layout.columns[:, None, :, None]).flatten(3).flatten(1, 2)
+
+
 def moments(share, layout):
     """The box that a cluster's pixels fill: mean and spread of their places; the first boxes are those of the grid's cells.
 
@@ -686,7 +691,8 @@ def outlines(masks, boxes, layout):
 class Decoder(nn.Module):
     """100 centers, started from the cells of a grid, and six layers that look at strides 32, 16, 8 in turn.
 
-    (On scenes of 96 pixels the coarse maps have 3 x 3 and 6 x 6 tokens; nano looks at stride 8 only, which learns faster.)
+    (On scenes of 96 pixels the coarse maps have 3 x 3 and 6 x 6 tokens; nano's three layers look at stride 8 only, which
+    learns faster.)
 
     A center answers before the first layer and after each of them, and every answer is trained (deep supervision); where
     it answers that the object is, the next layer looks for its pixels.
@@ -734,8 +740,7 @@ class Decoder(nn.Module):
         finest, layouts, tokens = layouts[0], layouts[-3:], [self.token_norm(x) for x in maps[-3:]]
         centers = pool_centers(tokens[0], grid)
         centers = centers + self.center_ffn(centers)
-        cells = (grid.rows[:, :, None, :, None] * grid.columns[:, None, :, None]).flatten(3).flatten(1, 2)  # (B, K, N)
-        boxes = moments(cells, grid).expand(len(centers), -1, -1)
+        boxes = moments(cells_of(grid), grid).expand(len(centers), -1, -1)  # (B, K, 4)
         answers = [self.answer(centers, boxes, pixels, finest, grid.centers)]
         for level, layer in zip(self.levels, self.layers):
             boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
@@ -765,8 +770,8 @@ def best_objects(probability, boxes, threshold=0.6):
     """The (center, class) pairs of highest probability, at most 100, without repetitions.
 
     A pair is a repetition if a better one of the same class, itself one or not, overlaps it by more than the threshold.
-    Trained long, centers leave an object to one of them; until then, and where two are left, this is what keeps an object
-    from being counted twice.  probability: (K, classes).  boxes: (K, 4) cxcywh.  Returns scores, labels, centers, each (n,), best first.
+    Trained long, centers leave an object to one of them; until then, and where two are left, this is why it is counted once.
+    probability: (K, classes).  boxes: (K, 4) cxcywh.  Returns scores, labels, centers, each (n,), best first.
     """
     scores, pairs = probability.flatten().topk(min(100, probability.numel()))
     centers, labels = pairs // probability.shape[1], pairs % probability.shape[1]

@@ -48,7 +48,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from clusterformer import VARIANTS, ClusterFormer, layout_of, load_checkpoint
+from clusterformer import VARIANTS, ClusterFormer, cells_of, layout_of, load_checkpoint
 from data import (
     Ade,
     Coco,
@@ -565,9 +565,7 @@ def cluster_panels(model, image):
         M = last[stage]["assignments"][-1][0]
         rows[0].append(panel(f"stride {stride}: {M.shape[1]} clusters", M, last[stage]["size"], stride))
     stride, block = model.backbone.strides[1], last[1]
-    layout = layout_of(*block["size"])
-    cells = (layout.rows[:, :, None, :, None] * layout.columns[:, None, :, None]).flatten(3).flatten(1, 2)  # (1, K, N)
-    rounds = [cells, *(M[0] for M in block["assignments"])]
+    rounds = [cells_of(layout_of(*block["size"])), *(M[0] for M in block["assignments"])]
     return [rows[0], [panel(f"stride {stride}, t = {t}", M, block["size"], stride) for t, M in enumerate(rounds)]]
 
 

@@ -2171,12 +2171,12 @@ def short_run(task, folder):
 
 
 @pytest.mark.parametrize("task, processes", [("cls", 1), ("det", 2)])
-def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, task, processes, kills=2):
-    """KILLS=20 in the environment: that many times."""
+def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, task, processes):
+    """Twice; KILLS=20 in the environment: that many times."""
     arguments = short_run(task, tmp_path / "files")
     assert start(processes, *arguments, "--out", tmp_path / "whole").wait() == 0
     out, rng = tmp_path / "killed", random.Random(0)
-    for _ in range(int(os.environ.get("KILLS", kills))):
+    for _ in range(int(os.environ.get("KILLS", 2))):
         run, before = start(processes, *arguments, "--out", out, "--resume", "--checkpoint-every", 0), step_of(out)
         aim = rng.choice([(out / "last.pt.part").exists, lambda: step_of(out) > before])  # while it is written, or after it
         wait_for(lambda: aim() or run.poll() is not None)
