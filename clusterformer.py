@@ -176,7 +176,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
         centers: (B, K, D).  tokens: (B, N, D).
         mask: (B, N) bool, True for real tokens, or None if all are; the others weigh nothing.
         center_mask: (B, K) bool, True for real centers, or None if all are; the others get no pixels.
-        trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)]} is appended, or None.
+        trace: a list to which {"centers": [C(0), ..., C(T)], "assignments": [M(1), ..., M(T)], "values": V(I), (B, h, N, d),
+            "weights": [W(1) / W(1) 1, ..., W(T) / W(T) 1], what each value counts in a center's mean} is appended, or None.
         prior: (h, B, N, K), log of how likely a pixel is a center's whatever it looks like, or None.  Added to the similarity:
             it counts in M and in the likeness.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
@@ -189,7 +190,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         keys = F.normalize(keys.to(dtype), dim=-1)
         values = self.project(values, self.v).to(dtype)  # (h, B, N, d)
-        history = {"centers": [centers], "assignments": []}
+        history = {"centers": [centers], "assignments": [], "values": values.transpose(0, 1), "weights": []}
         with torch.autocast(tokens.device.type, enabled=False):
             centers, q = centers.to(dtype), self.q.to(dtype)
             tau = self.log_temperature.to(dtype).exp().clamp(max=50.0).view(-1, 1, 1, 1)  # at 50 a softmax is an argmax
@@ -211,6 +212,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
                 if trace is not None:
                     history["centers"].append(centers)
                     history["assignments"].append(assignment.permute(1, 0, 3, 2))
+                    history["weights"].append((weights / mass.clamp(min=1e-30)).permute(1, 0, 3, 2))
         assignment = assignment.permute(1, 0, 3, 2)  # (B, h, K, N)
         if mask is not None:
             assignment = assignment * mask[:, None, None]
@@ -398,6 +400,7 @@ class Backbone(nn.Module):
         trace: a list to which one dictionary per block is appended, in order (no cost if None):
             "centers"      C(0) .. C(T), each (B, K, D)
             "assignments"  M(1) .. M(T), each (B, h, K, N)
+            "values"       V(I), (B, h, N, d), and "weights", W(t) / W(t) 1 for each t, (B, h, K, N): what the means are made of
             "size"         (H, W) of the N tokens
             "stage"        0 to 3
         Returns four maps (B, C, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
@@ -432,9 +435,10 @@ class ClassificationHead(nn.Module):
         logits = bias + W mean_k norm(C_k)
 
     Everything after the norm is linear, so that a logit is exactly the bias plus the mean over the centers of
-    w . norm(C_k), each center's share, and M_k / (M_k 1), with M the last of the trace, its heads averaged, spreads a share
-    over the pixels without changing its sum: an explanation that adds up.  Clustering once more puts the last block's
-    dispatching to use.
+    w . norm(C_k), each center's share.  And a center is a sum of tokens: C(0) is the mean of a cell, and each M-step adds a
+    mean of values.  So with the weights of these means, and the norm's division, as they came out, a share is the sum of what
+    each token brought to the center: an explanation that adds up, token by token (explain() in eval.py).  Clustering once
+    more puts the last block's dispatching to use.
     """
 
     def __init__(self, dim, num_heads, num_classes, iterations=3):
@@ -450,7 +454,7 @@ class ClassificationHead(nn.Module):
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
         centers, _ = self.cluster(pool_centers(tokens, layout), tokens.flatten(1, 2), mask, layout.centers, trace)
         if trace is not None:
-            trace[-1].update(size=x.shape[1:3], stage="head")
+            trace[-1].update(size=x.shape[1:3], stage="head", tokens=tokens.flatten(1, 2))
         centers = self.center_norm(centers)  # (B, K, D)
         if layout.centers is None:
             mean = centers.mean(1)  # (B, D)

@@ -570,18 +570,25 @@ def cluster_panels(model, image):
 
 
 def explain(model, image, weights):
-    """The exact explanation of a logit, or of a difference of two: bias + sum of the shares of the centers.
+    """The exact explanation of a logit, or of a difference of two: bias + what each token brought to each center.
 
     image: float (3, H, W).  weights: (classes,), what each logit counts: 1 for one, 1 and -1 for a difference.
-    Returns the value, the bias, the shares (K,), and where they lie: (K, h, w), which sum over pixels to the shares.
+    Returns the value, the bias, and the shares (K, h, w), of each center by the token that they come from; the value is the
+    bias plus the sum of the shares.  Exact for the weights of the means as they are: how the image moves the weights, and how
+    the backbone made the tokens, it does not say.
     """
-    trace = []
+    trace, head = [], model.head
     with torch.no_grad():
         value = model([image], trace)["logits"][0] @ weights
-        C, M = trace[-1]["centers"][-1][0], trace[-1]["assignments"][-1][0].mean(0)  # (K, D), (K, N)
-        shares = model.head.center_norm(C) @ (weights @ model.head.classifier.weight) / len(C)
-        maps = shares[:, None] * M / M.sum(1, keepdim=True)
-    return value.item(), (weights @ model.head.classifier.bias).item(), shares, maps.unflatten(1, trace[-1]["size"])
+        C, tokens, size = trace[-1]["centers"][-1][0], trace[-1]["tokens"][0], trace[-1]["size"]  # (K, D), (N, D)
+        # What a number in a center counts: the norm takes the mean off, divides by the deviation, multiplies by its weight.
+        w = weights @ head.classifier.weight * head.center_norm.weight  # (D,)
+        w = (w - w.mean()) / (C.var(1, correction=0, keepdim=True) + head.center_norm.eps).sqrt() / len(C)  # (K, D)
+        shares = cells_of(layout_of(*size, device=image.device))[0] * (w @ tokens.T)  # (K, N), of C(0)
+        values, W = trace[-1]["values"][0], sum(trace[-1]["weights"])[0]  # (h, N, d), (h, K, N), all rounds together
+        w = w.unflatten(1, (-1, len(values))).permute(2, 0, 1)  # (h, K, d): head j gathers channels j, j + h, ...
+        shares = shares + (W * (w @ values.transpose(1, 2))).sum(0)
+    return value.item(), (weights @ head.classifier(head.center_norm.bias)).item(), shares.unflatten(1, size)
 
 
 def explanation_panels(model, image, names, chosen):
@@ -592,8 +599,9 @@ def explanation_panels(model, image, names, chosen):
     weights = torch.zeros(len(names), device=image.device)
     for number, sign in zip(chosen, (1, -1)):
         weights[number] = sign
-    value, bias, shares, maps = explain(model, image, weights)
-    shares, maps, image = shares.cpu(), maps.cpu(), image.cpu()
+    value, bias, maps = explain(model, image, weights)
+    maps, image = maps.cpu(), image.cpu()
+    shares, total = maps.sum((1, 2)), maps.sum(0)  # of the centers, of the tokens
     stride, picture = model.backbone.strides[-1], shown(image, 320)
 
     def over(values, largest, strength=0.8):
@@ -605,14 +613,14 @@ def explanation_panels(model, image, names, chosen):
         return functional.to_pil_image(torch.lerp(grey, ends, strength * values.abs().clamp(max=1)))
 
     what = " - ".join(names[number] for number in chosen)
-    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(maps.sum(0), maps.sum(0).abs().max()))]]
+    rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(total, total.abs().max()))]]
     order = shares.argsort(descending=True).tolist()
     speakers = {"for": [k for k in order[:5] if shares[k] > 0], "against": [k for k in order[::-1][:5] if shares[k] < 0]}
     for side, centers in speakers.items():
         if centers:
             rows.append([(f"{side}: {shares[k]:+.3f} of center {k}", over(maps[k], maps.abs().max())) for k in centers])
-    told = [((213, 94, 0), f"all shares for it {shares.clamp(min=0).sum():+.3f}", 1)]
-    told += [((0, 114, 178), f"all shares against it {shares.clamp(max=0).sum():+.3f}", 1), ("white", f"bias {bias:+.3f}", 1)]
+    told = [((213, 94, 0), f"pixels for it {total.clamp(min=0).sum():+.3f}", 1)]
+    told += [((0, 114, 178), f"pixels against it {total.clamp(max=0).sum():+.3f}", 1), ("white", f"bias {bias:+.3f}", 1)]
     rows[0].append((f"together {value:+.3f}, the logit" if len(chosen) == 1 else f"together {value:+.3f}", legend(told)))
     return rows
 

@@ -228,12 +228,8 @@ def test_a_logit_is_the_bias_plus_the_mean_of_the_shares_of_the_centers():
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         logits = model(image, trace)["logits"][0]
-        head, (C, M) = model.head, (trace[-1]["centers"][-1][0], trace[-1]["assignments"][-1][0])
-        shares = head.center_norm(C) @ head.classifier.weight.T  # (K, classes)
-        torch.testing.assert_close(head.classifier.bias + shares.mean(0), logits)
-        weight = M.mean(0) / M.mean(0).sum(1, keepdim=True)  # (K, N), rows sum to 1
-        spread = weight.T @ shares / len(shares)  # (N, classes): the same shares, over pixels
-        torch.testing.assert_close(head.classifier.bias + spread.sum(0), logits)
+        shares = model.head.center_norm(trace[-1]["centers"][-1][0]) @ model.head.classifier.weight.T  # (K, classes)
+        torch.testing.assert_close(model.head.classifier.bias + shares.mean(0), logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,7 +278,8 @@ def test_the_trace_holds_every_round_of_every_block_and_changes_nothing():
         torch.testing.assert_close(model(image, trace)["logits"], model(image)["logits"], atol=0, rtol=0)
     assert [entry["stage"] for entry in trace] == [0, 0, 1, 1, 2, 2, 3, "head"]
     for entry in trace:
-        assert len(entry["centers"]) == 4 and len(entry["assignments"]) == 3
+        assert len(entry["centers"]) == 4 and len(entry["assignments"]) == len(entry["weights"]) == 3
+        torch.testing.assert_close(entry["weights"][0].sum(-1), torch.ones(entry["weights"][0].shape[:3]))
         B, h, K, N = entry["assignments"][0].shape
         assert N == math.prod(entry["size"]) and entry["centers"][0].shape[:2] == (B, K)
 
@@ -1907,12 +1904,40 @@ def test_the_explanation_of_a_logit_adds_up_to_it(names):
     weights = torch.zeros(10)
     for sign, name in zip((1, -1), names):
         weights[list(data.THINGS).index(name)] = sign
-    value, bias, shares, maps = evaluation.explain(model, image, weights)
+    value, bias, shares = evaluation.explain(model, image, weights)
     logits = model([image])["logits"][0].detach()
     assert value == pytest.approx((logits @ weights).item(), abs=1e-5)
     assert bias + shares.sum().item() == pytest.approx(value, abs=1e-4)
-    torch.testing.assert_close(maps.sum((1, 2)), shares, atol=1e-5, rtol=1e-4)
-    assert len(shares) == 12 and maps.shape == (12, 7, 6)  # a center for 2 x 2 tokens of 32 pixels a side
+    assert shares.shape == (12, 7, 6)  # a center for 2 x 2 tokens of 32 pixels a side
+
+
+def test_a_share_is_what_the_token_brought_to_the_center():
+    """The head once more in NumPy, token by token."""
+    model, trace = random_model().eval(), []
+    image, number = torch.rand(3, 96, 90), 3
+    with torch.no_grad():
+        model([image], trace)
+    _, bias, shares = evaluation.explain(model, image, torch.eye(10)[number])
+    entry, head = trace[-1], model.head
+    x, V = entry["tokens"][0].double().numpy(), head.cluster.v.detach().double().numpy()  # (N, D), (h, d, d)
+    (N, D), h = x.shape, len(V)
+    assert shares.shape == (4, 3, 3)  # 2 x 2 cells of 2 x 2 tokens, which share the middle ones
+    cells = [[0, 1, 3, 4], [1, 2, 4, 5], [3, 4, 6, 7], [4, 5, 7, 8]]
+    gamma, beta = head.center_norm.weight.detach().numpy(), head.center_norm.bias.detach().numpy()
+    w, b = head.classifier.weight[number].detach().numpy(), head.classifier.bias[number].item()
+    for k in range(4):
+        parts = np.zeros((N, D))
+        for i in range(N):
+            parts[i] += x[i] / len(cells[k]) if i in cells[k] else 0
+            for j in range(h):
+                for W in entry["weights"]:
+                    parts[i, j::h] += W[0, j, k, i].item() * (x[i, j::h] @ V[j])
+        C = parts.sum(0)
+        np.testing.assert_allclose(C, entry["centers"][-1][0, k].numpy(), rtol=1e-4, atol=1e-5)
+        for i in range(N):
+            brought = (parts[i] - parts[i].mean()) / np.sqrt(C.var() + head.center_norm.eps)
+            np.testing.assert_allclose(shares[k].flatten()[i], w @ (gamma * brought) / 4, rtol=1e-3, atol=1e-5)
+    assert bias == pytest.approx(b + w @ beta, abs=1e-6)
 
 
 def saved_checkpoint(path, task):
