@@ -493,7 +493,9 @@ def main():
         step, log, sums, skipped = (checkpoint[name] for name in ("step", "log", "sums", "skipped"))
     elif settings["init"]:
         take_weights(model, settings["init"], rank)
-    model.to(device)
+    # Convolutions get maps whose channels lie side by side; weights in the same order need no reordering, and gradients come
+    # out as DistributedDataParallel sends them.
+    model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
     # A backbone that has learned to see already shall keep what it knows while neck and decoder are still random.
     backbone_rate = 0.1 if settings["init"] and task != "cls" else 1.0
