@@ -872,7 +872,8 @@ class ClusterFormer(nn.Module):
             self.decoder = Decoder(task, size["dim"], size["levels"], num_classes, iterations)
 
     def forward(self, images, trace=None):
-        """images and trace: as in Backbone; head and decoder append more dictionaries, of stage "head" and "decoder".
+        """images and trace: as in Backbone; head and decoder append more dictionaries, of stage "head" (and its
+            "tokens", (B, N, D)) and "decoder".
 
         Returns for cls {"logits": (B, classes)}, and for the other tasks
             "logits"  (B, K, classes)  of each of K = 100 centers (fewer where there are fewer than 10 x 10 tokens at stride

@@ -493,9 +493,12 @@ def main():
         step, log, sums, skipped = (checkpoint[name] for name in ("step", "log", "sums", "skipped"))
     elif settings["init"]:
         take_weights(model, settings["init"], rank)
-    # Convolutions get maps whose channels lie side by side; weights in the same order need no reordering, and gradients come
-    # out as DistributedDataParallel sends them.
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device)
+    # A depthwise weight (C, 1, 3, 3) lies in memory the same with channels first or last.  Gradients come as channels last; if
+    # the weight says so, too, DistributedDataParallel need not copy them (nor warn of it).
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+            module.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
     # A backbone that has learned to see already shall keep what it knows while neck and decoder are still random.
     backbone_rate = 0.1 if settings["init"] and task != "cls" else 1.0
