@@ -688,26 +688,69 @@ def test_every_target_is_given_the_center_that_answers_with_it(task):
     output = perfect_output(targets, task)
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in output if key != "aux"}
     torch.manual_seed(0)
-    image, layer, center, target, weight = train.match(outputs, targets, 4)
-    last = layer == 3
-    assert image[last].tolist() == [0, 0, 0, 2, 2] and center[last].tolist() == [0, 2, 4, 0, 2]
-    assert target[last].tolist() == [0, 1, 2, 3, 4] and (weight[last] == 1).all()
-    for l, times in enumerate((4, 4, 2, 1)):  # 12 centers are enough for 4 each of 3 targets, not for 6
-        assert Counter(target[layer == l].tolist())[0] == times
-        assert weight[(layer == l) & (target == 0)].sum() == pytest.approx(1)
-        assert len(set(zip(image[layer == l].tolist(), center[layer == l].tolist()))) == (layer == l).sum()
+    matches = train.match(outputs, targets, 4)
+    for n, limits, (layer, center, target, weight) in zip((3, 0, 2), ((2, 2, 2, 1), (), (3, 3, 2, 1)), matches):
+        last = layer == 3
+        assert center[last].tolist() == [0, 2, 4][:n] and target[last].tolist() == [0, 1, 2][:n] and (weight[last] == 1).all()
+        for l, times in enumerate(limits):  # at most half of the 12 centers have a target, whatever the layer allows
+            assert Counter(target[layer == l].tolist()) == dict.fromkeys(range(n), times)
+            assert weight[(layer == l) & (target == 0)].sum() == pytest.approx(1)
+            assert len(set(center[layer == l].tolist())) == n * times
 
 
-def test_an_image_of_more_objects_than_centers_does_not_end_the_training():
+def test_of_more_objects_than_centers_the_largest_are_trained():
     targets = some_targets("inst", (30, 2))
     model = random_dense("inst").train()
     output = model(torch.rand(2, 3, 32, 32))  # 4 x 4 tokens at stride 8: 16 centers
-    targets = [{k: v[..., :32, :32] if k == "masks" else v for k, v in target.items()} for target in targets]
+    areas = torch.arange(30).roll(7) + 1  # of the 30, the last 16 by area have the numbers 21 to 29 and 0 to 6
+    targets[0]["masks"] = (torch.arange(32 * 32).view(32, 32) < areas.view(-1, 1, 1))
+    targets[1]["masks"] = targets[1]["masks"][:, :32, :32]
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in KEYS["inst"] | {"logits"}}
-    image, layer, center, target, _ = train.match(outputs, targets, 4)
-    assert target[(image == 0) & (layer == 3)].tolist() == list(range(16))
-    assert target[(image == 1) & (layer == 3)].tolist() == [30, 31]  # counted through the batch all the same
+    (layer, _, target, _), (other, _, second, _) = train.match(outputs, targets, 4)
+    assert target[layer == 3].tolist() == areas.topk(16).indices.sort().values.tolist()
+    assert second[other == 3].tolist() == [0, 1]
     assert all(torch.isfinite(loss) for loss in train.dense_losses(output, targets, 4).values())
+
+
+def test_no_target_is_given_a_center_that_its_image_has_not_got():
+    images = [torch.rand(3, 38, 102), torch.rand(3, 256, 256)]  # 5 x 10 centers beside 10 x 10
+    model, targets = random_dense("det").train(), some_targets("det", (12, 1))
+    output = model(images)
+    absent = output["logits"][0, :, 0] <= -100
+    assert absent.sum() == 50
+    for layer in [*output["aux"], output]:
+        (_, center, _, _), _ = train.match({key: layer[key][:, None] for key in ("logits", "boxes")}, targets, 4)
+        assert len(center) == 12 and not absent[center].any()
+    alone = model(images[:1])  # label losses of the first image do not depend on the second
+    both = [train.dense_losses(answers, targets[:1], 4)["label"] for answers in
+            (alone, {k: v[:1] if k != "aux" else [{j: w[:1] for j, w in a.items()} for a in v] for k, v in output.items()})]
+    torch.testing.assert_close(both[1], both[0], rtol=0.02, atol=0)
+
+
+def test_a_target_never_has_so_many_centers_that_most_have_one():
+    assert train.repeats(7, 100, 1) == [6, 4, 2, 1, 1, 1, 1] and train.repeats(4, 100, 10) == [5, 4, 2, 1]
+    assert train.repeats(4, 100, 16) == [3, 3, 2, 1] and train.repeats(4, 100, 60) == [1, 1, 1, 1] == train.repeats(4, 16, 0)[3:] * 4
+
+
+def test_masks_are_compared_at_12544_points_from_512_pixels_on():
+    counts = {side: train.points_of(torch.empty(1, side // 4, side // 4)) for side in (96, 256, 508, 512, 1024)}
+    assert counts == {96: 144, 256: 1024, 508: 4032, 512: 12_544, 1024: 12_544}
+
+
+def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
+    torch.manual_seed(0)
+    targets = some_targets("pan", (3,))
+    targets[0]["labels"] = torch.tensor([0, 3, 4])  # of five classes the last two are stuff
+    output = perfect_output(targets, "pan") | {"aux": []}
+    things = torch.tensor([True, True, True, False, False])
+    moved = output | {"boxes": output["boxes"].detach().clone()}
+    moved["boxes"][0, [2, 4]] = torch.tensor([0.9, 0.9, 0.1, 0.1])  # centers of the second and the third target
+    losses, free = (train.dense_losses(answers, targets, 4, things) for answers in (output, moved))
+    assert train.dense_losses(moved, targets, 4)["l1"] > 1
+    assert free["l1"] == losses["l1"] < 0.01 and free["giou"] == losses["giou"] < 0.01
+    outputs = {key: moved[key][:, None] for key in ("logits", "boxes", "masks")}
+    ((_, center, target, _),) = train.match(outputs, targets, 4, things)
+    assert center.tolist() == [0, 2, 4] and target.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("task", DENSE)
@@ -781,7 +824,7 @@ def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
 def test_points_are_drawn_where_a_mask_is_uncertain():
     masks = torch.linspace(8, -8, 16).repeat(1, 16, 1)  # the border is at x = 32 of 64 pixels
     torch.manual_seed(0)
-    points = train.uncertain_points(masks, 400, (64, 64), (64, 64))
+    points = train.uncertain_points(masks, 400, (1.0, 1.0)) * 64
     assert points.shape == (1, 400, 2) and 0 <= points.min() and points.max() < 64
     near = ((points[..., 0] - 32).abs() < 12).float().mean()
     assert near > 0.75  # evenly drawn, 24 of 64 would be
