@@ -46,6 +46,7 @@ VARIANTS = {  # blocks and channels of the four stages; of the dense tasks: widt
     "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1)),  # as Swin-T
     "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1)),  # as Swin-S
 }
+VERSION = 2  # raised whenever weights of before would give other results, also where their names and shapes are the same
 HEAD_DIM = 64  # channels of one head; a stage of fewer has one head
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
 CENTER_RATIO = 1, 2  # hidden widths, in D, of the two MLPs of the centers, before and after clustering
@@ -939,6 +940,9 @@ class ClusterFormer(nn.Module):
         if things is not None and len(things) != num_classes:
             raise ValueError(f"things must have one entry for each of {num_classes} classes, got {len(things)}")
         self.task, self.num_classes = task, num_classes
+        # What a checkpoint has to know to build this model again.
+        self.arguments = dict(task=task, variant=variant, num_classes=num_classes, patch_size=patch_size, iterations=iterations)
+        self.arguments |= dict(drop_path=drop_path, things=None if things is None else [bool(thing) for thing in things])
         things = [True] * num_classes if things is None else [bool(thing) for thing in things]
         self.register_buffer("things", torch.tensor(things), persistent=False)
         size = VARIANTS[variant]
@@ -1044,25 +1048,12 @@ def load_checkpoint(path, ema=True):
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(checkpoint, dict) or not {"model", "ema", "settings", "classes"} <= checkpoint.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py: no model, ema, settings and classes in it")
-    settings, classes = checkpoint["settings"], checkpoint["classes"]
+    version = checkpoint.get("version", 1)  # the first one did not say so
+    if version != VERSION:
+        raise ValueError(f"{path}: its weights are of version {version} of the model, this is version {VERSION}; train anew")
     try:
-        model = ClusterFormer(
-            settings["task"],
-            settings["variant"],
-            len(classes),
-            patch_size=settings["patch_size"],
-            things=checkpoint.get("things"),
-        )
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    theirs, ours = checkpoint["ema" if ema else "model"], model.state_dict()
-    differences = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
-    differences += [f"{name} is unknown" for name in theirs.keys() - ours.keys()]
-    for name in ours.keys() & theirs.keys():
-        if ours[name].shape != theirs[name].shape:
-            differences.append(f"{name} is {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
-    if differences:
-        what = f"a {settings['variant']} with {len(classes)} classes"
-        raise ValueError(f"{path}: its weights are not those of {what}: {', '.join(sorted(differences))}")
-    model.load_state_dict(theirs)
+        model = ClusterFormer(**checkpoint["arguments"])
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last is of weights that do not fit
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({' '.join(str(error).split())})") from error
     return model.eval(), checkpoint

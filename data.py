@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
@@ -839,6 +839,16 @@ def ignore_signals(worker):
     """For workers in training: they are needed until the step is finished, whoever asks to stop."""
     ignore_interrupts(worker)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Python ends them, so that the parent has to close its loader
+
+
+def loader_of(dataset, workers, device, **options):
+    """A DataLoader whose workers share the data set with their parent.
+
+    Linux can fork them.  From Python 3.14 on it no longer does so by itself, and each would hold a copy of all annotations.
+    """
+    context = "fork" if workers and sys.platform == "linux" else None
+    pin = device.type == "cuda"
+    return DataLoader(dataset, num_workers=workers, multiprocessing_context=context, pin_memory=pin, **options)
 
 
 class GlobalBatches(Sampler):

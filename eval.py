@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.datasets.folder import is_image_file
@@ -61,6 +61,7 @@ from data import (
     eval_transform,
     ignore_interrupts,
     load_image,
+    loader_of,
     train_transform,
 )
 
@@ -78,7 +79,8 @@ def start_processes():
     else:
         device = torch.device("cpu")
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while one process runs COCO's evaluation, which takes longer than NCCL's ten minutes allow.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return rank, world_size, device
 
 
@@ -354,14 +356,8 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
     together = None if task == "cls" else collate  # None: one tensor
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=keys,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        collate_fn=together,
-        worker_init_fn=ignore_interrupts,
+    loader = loader_of(
+        dataset, workers, device, batch_size=batch_size, sampler=keys, collate_fn=together, worker_init_fn=ignore_interrupts
     )
     bar = tqdm(loader, "evaluate", leave=False, disable=True if rank else None)
     if task == "cls":

@@ -2,6 +2,7 @@
 """Facts about the method and its use, against references written here in NumPy.   pytest -q"""
 
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
@@ -53,6 +56,12 @@ def random_clustering(dim=12, heads=3, iterations=1, dtype=torch.float64):
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return module
+
+
+def state_of(model, classes, **settings):
+    """What of a checkpoint a model needs to be built again."""
+    weights = model.state_dict()
+    return dict(version=cf.VERSION, arguments=model.arguments, model=weights, ema=weights, settings=settings, classes=classes)
 
 
 def softmax(x, axis):
@@ -857,6 +866,113 @@ def test_each_head_learns_one_batch_by_heart(task):
                 labels[answer["panoptic"] == segment["id"]] = segment["label"]
             truth = (target["masks"] * (target["labels"] + 1).view(-1, 1, 1)).sum(0) - 1
             assert (labels == truth)[truth >= 0].float().mean() > 0.75
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a GPU would refuse, or wait for
+# ---------------------------------------------------------------------------------------------------------------
+def one_task(task, sizes, targets):
+    """A model, images of these sizes, and what is in them: nothing, or three objects and one in turn."""
+    model = random_model() if task == "cls" else random_dense(task)
+    images = [torch.rand(3, *size) for size in sizes]
+    if task == "cls":
+        return model, torch.stack(images) if len(set(sizes)) == 1 else images, torch.tensor([3, 1])
+    found = some_targets(task, [3, 1] * (len(sizes) // 2) if targets else [0] * len(sizes), 64)
+    for target, (height, width) in zip(found, sizes):
+        if "masks" in target:
+            target["masks"] = F.pad(target["masks"], (0, 64, 0, 64))[:, :height, :width]
+    return model, images, found
+
+
+class InMemory:
+    """What evaluation asks of a data set, of scenes drawn before."""
+
+    def __init__(self, task, size):
+        shapes = data.Shapes(2, size, 0, "val", task)
+        self.classes, self.things, self.categories = shapes.classes[:5], shapes.things[:5], shapes.categories
+        self.maps = [shapes.label_map(i).clamp(max=4) for i in range(2)]
+        self.label_map = lambda index: self.maps[index]
+        self.tables = [(labels + 1, [dict(id=i + 1, category_id=i + 1, iscrowd=0) for i in range(5)]) for labels in self.maps]
+        self.segments = lambda index: self.tables[index]
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize("second", [(64, 64), (96, 128), (61, 62)])  # equal, unequal, unequal in pixels but not in tokens
+def test_every_tensor_is_made_on_the_device_of_the_images(task, second, targets):
+    """Whatever is made without a device is made on "meta" here, and its first use beside the images raises an error."""
+    model, images, found = one_task(task, ((64, 64), second), targets)
+    truth = InMemory(task, 64)
+    with torch.device("meta"):
+        losses = train.losses_of(model, model.train()(images), found, 0.1)
+        sum(losses.values()).backward()
+        model.eval()(images)
+        predictions = model.predict(images, [(64, 64), (64, 64)])
+        if task == "cls" and second == (64, 64):
+            evaluation.accuracy(model, [(images, found)], torch.device("cpu"))
+        for index, prediction in enumerate(predictions if task != "cls" else []):
+            evaluation.judge(truth, task, index, prediction, None)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_for_cuda_all_dtypes_agree(task, training):
+    """Tensors that only say that they are on a GPU: nothing is computed, but a product of two dtypes is refused all the same."""
+    model, images, _ = one_task(task, ((64, 64), (64, 64)), False)
+    dtypes = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with FakeTensorMode():
+        fake = lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=x.requires_grad)
+        weights = {name: fake(x) for name, x in itertools.chain(model.named_parameters(), model.named_buffers())}
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast("cuda") would turn itself off where there is no GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            output = torch.func.functional_call(model.train(training), weights, torch.rand(2, 3, 64, 64, device="cuda"))
+        finally:
+            torch.set_autocast_enabled("cuda", dtypes[0])
+            torch.set_autocast_dtype("cuda", dtypes[1])
+    for answer in [output, *output.get("aux", [])]:
+        assert all(value.device.type == "cuda" for key, value in answer.items() if key != "aux")
+        assert answer["logits"].dtype == torch.float32 and answer.get("boxes", answer["logits"]).dtype == torch.float32
+        assert "masks" not in answer or answer["masks"].dtype == torch.bfloat16  # so that autocast was really on
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: copies to the host, numbers that Python asks for, sizes that depend on
+    values, and numbers of Python that become tensors beside others.  Small tensors of the host's own, layouts' sizes and the
+    costs once they are there, are no part of it."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = Counter()
+        for name in ("cpu", "new_tensor", "item", "nonzero", "unique"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
+
+    def counted(self, name, original):
+        def method(*arguments, **options):
+            self.count[name] += 1
+            return original(*arguments, **options)
+
+        return method
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "masked_select", "_unique2", "nonzero"):
+            self.count[name] += 1
+        if name.startswith(("index", "_index")) and any(getattr(i, "dtype", None) == torch.bool for i in args[1] or ()):
+            self.count["index by a mask"] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_losses_of_inst_wait_for_a_gpu_once(count, monkeypatch):
+    """For the costs of matching, whatever the number of images; a training step waits once more, for its losses in the log."""
+    model, images, found = one_task("inst", ((64, 64), (96, 80), (64, 96), (70, 64))[:count], True)
+    waits = Waits(monkeypatch)
+    with waits:
+        losses = train.losses_of(model, model.train()(images), found, 0.0)
+        sum(losses.values()).backward()
+    assert waits.count == {"cpu": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1988,9 +2104,7 @@ def saved_checkpoint(path, task):
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
     classes = list(data.THINGS)[: model.num_classes]
-    settings = dict(task=task, variant="nano", patch_size=4, image_size=64, data=None)
-    state = dict(model=model.state_dict(), ema=model.state_dict(), settings=settings, classes=classes, things=model.things)
-    torch.save(state, path)
+    torch.save(state_of(model, classes, task=task, image_size=64, data=None), path)
     return model.eval()
 
 
@@ -2390,9 +2504,8 @@ def test_init_takes_what_fits_and_says_what_does_not(tmp_path, capsys, short_epo
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
-    model = cf.ClusterFormer("cls", "nano", num_classes=len(data.THINGS)).state_dict()
-    settings = dict(task="cls", variant="nano", patch_size=4, image_size=32, data=None)
-    torch.save(dict(model=model, ema=model, optimizer={}, step=1, epoch=1, best=0.0, settings=settings, classes=list(data.THINGS)), path)
+    model = cf.ClusterFormer("cls", "nano", num_classes=len(data.THINGS))
+    torch.save(state_of(model, list(data.THINGS), task="cls", image_size=32, data=None), path)
     return path
 
 
@@ -2563,20 +2676,21 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
     torch.save({"weights": torch.zeros(2)}, other)
     task = tmp_path / "task.pt"
     content = torch.load(checkpoint)
-    torch.save(content | {"settings": content["settings"] | {"task": "depth"}}, task)
+    torch.save(content | {"arguments": content["arguments"] | {"task": "depth"}}, task)
     fewer = tmp_path / "fewer.pt"
-    torch.save(content | {"classes": ["cat", "dog"]}, fewer)
-    changed = tmp_path / "changed.pt"
-    weights = {name.replace("head.norm.weight", "head.scale"): value for name, value in content["ema"].items()}
-    torch.save(content | {"ema": weights}, changed)
+    torch.save(content | {"arguments": content["arguments"] | {"num_classes": 2}}, fewer)
+    older = tmp_path / "older.pt"
+    torch.save(content | {"version": cf.VERSION - 1}, older)
+    first = tmp_path / "first.pt"
+    torch.save({name: value for name, value in content.items() if name not in ("version", "arguments")}, first)
     for arguments, complaint in [
         (["--checkpoint", tmp_path / "none.pt"], "no such checkpoint"),
         (["--checkpoint", half], "half.pt: not a readable checkpoint"),
         (["--checkpoint", other], "other.pt: not a checkpoint of train.py"),
         (["--checkpoint", task], "task must be one of cls, det, inst, sem, pan, got 'depth'"),
-        (["--checkpoint", fewer], "head.classifier.weight is (8, 256) instead of (2, 256)"),
-        (["--checkpoint", changed], "changed.pt: its weights are not those of a nano with 8 classes: head.norm.weight is missing, "
-                                    "head.scale is unknown"),
+        (["--checkpoint", fewer], "fewer.pt: not a whole checkpoint of train.py (Error(s) in loading state_dict"),
+        (["--checkpoint", older], f"older.pt: its weights are of version {cf.VERSION - 1} of the model, this is version "),
+        (["--checkpoint", first], "first.pt: its weights are of version 1 of the model, this is version "),
         (["--checkpoint", checkpoint, "--data", folder], "2 classes that the model is not trained for: cat, dog"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--checkpoint", checkpoint, "--batch-size", 0], "--batch-size must be at least 1"),
@@ -2592,6 +2706,15 @@ def test_an_error_has_no_traceback_and_an_exit_code(tmp_path):
     command = [sys.executable, "train.py", "--batch-size", "0", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "train.py: error: --batch-size must be at least 1, got 0\n"
+
+
+def test_a_checkpoint_knows_every_argument_of_its_model(tmp_path):
+    arguments = dict(task="pan", variant="nano", num_classes=3, patch_size=2, iterations=1, drop_path=0.1, things=[True, False, True])
+    model = cf.ClusterFormer(**arguments)
+    assert model.arguments == arguments and inspect.signature(cf.ClusterFormer).parameters.keys() == arguments.keys()
+    torch.save(state_of(model, ["a", "b", "c"]), tmp_path / "last.pt")
+    again, _ = cf.load_checkpoint(tmp_path / "last.pt")
+    assert again.arguments == arguments and again.backbone.stages[0][0].cluster.iterations == 1
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

@@ -35,10 +35,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clusterformer import TASKS, VARIANTS, ClusterFormer, box_overlap, class_probability, corners, load_checkpoint, to_device
+from clusterformer import (
+    TASKS,
+    VARIANTS,
+    VERSION,
+    ClusterFormer,
+    box_overlap,
+    class_probability,
+    corners,
+    load_checkpoint,
+    to_device,
+)
 from data import (
     Ade,
     Coco,
@@ -50,6 +59,7 @@ from data import (
     collate,
     dense_train_transform,
     ignore_signals,
+    loader_of,
     mix,
     train_transform,
 )
@@ -75,6 +85,7 @@ RECIPES = {
     "cutmix": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, "cls: alpha of cutmix; 0: none"),
     "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10); 0: none"),
     "erasing": (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, "cls: probability of erasing a rectangle"),
+    "evaluate_every": (1, 1, 1, 5, 5, 1, "epochs between evaluations; there is always one at the end"),
     "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
 }
 COLUMNS = ("cls on shapes", "cls on files", "dense on shapes", "COCO", "ADE20K")
@@ -526,13 +537,9 @@ def main():
         len(train), settings["batch_size"], steps, settings["seed"], rank, world_size, settings["accumulate"], mixing, step
     )
     whole = SkipBroken(train, settings["workers"])
-    loader = DataLoader(
-        whole,
-        batch_sampler=batches,
-        num_workers=settings["workers"],
-        pin_memory=device.type == "cuda",
-        collate_fn=None if task == "cls" else collate,
-        worker_init_fn=ignore_signals,
+    join = None if task == "cls" else collate
+    loader = loader_of(
+        whole, settings["workers"], device, batch_sampler=batches, collate_fn=join, worker_init_fn=ignore_signals
     )
     val_batch = max(1, settings["batch_size"] // world_size) if task == "cls" or settings["data"] is None else 1
     if rank == 0:
@@ -560,7 +567,7 @@ def main():
     def write_checkpoint(name):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), settings=settings)
         state |= dict(step=step, log=log, sums=sums, skipped=skipped, processes=world_size)
-        state |= dict(classes=list(train.classes), things=things)
+        state |= dict(version=VERSION, arguments=model.arguments, classes=list(train.classes))
         save(os.path.join(out, name), lambda file: torch.save(state, file))
 
     def leave(code):
@@ -579,9 +586,11 @@ def main():
                 seconds = time.time() - start
                 if rank == 0:
                     write_checkpoint("last.pt")
-                on_signals(leave)  # at once: nothing is lost, and evaluation may take minutes
-                metrics = evaluate(ema, val, device, val_batch, settings["workers"])
-                on_signals(asked.append)
+                metrics = {}
+                if (len(log) + 1) % settings["evaluate_every"] == 0 or step == steps:
+                    on_signals(leave)  # at once: nothing is lost, and evaluation may take minutes
+                    metrics = evaluate(ema, val, device, val_batch, settings["workers"])
+                    on_signals(asked.append)
                 broken = whole.broken.to(device)
                 if world_size > 1:
                     dist.all_reduce(broken, dist.ReduceOp.MAX)
@@ -589,17 +598,20 @@ def main():
                 line = dict(epoch=len(log) + 1, step=step, loss=sum(losses.values()), lr=lr_at(step - 1)) | metrics
                 line |= dict(images_per_second=(step - start_step) * settings["batch_size"] / seconds, seconds=seconds)
                 line |= {f"loss_{name}": value for name, value in losses.items() if task != "cls"}
-                improved = metrics[METRIC[task]] > max([-1.0, *(line[METRIC[task]] for line in log)])
+                key = METRIC[task]
+                improved = metrics and metrics[key] > max([-1.0, *(line[key] for line in log if key in line)])
                 log.append(line)
                 if rank == 0:  # last.pt last: killed before it, the next run does all this once more
-                    write_text("metrics.json", json.dumps(metrics, indent=2))
+                    if metrics:
+                        write_text("metrics.json", json.dumps(metrics, indent=2))
                     write_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
                     if improved:
                         write_checkpoint("best.pt")
                     write_checkpoint("last.pt")
                     tqdm.write(
-                        f"epoch {len(log)}/{settings['epochs']}  loss {line['loss']:.3f}  {describe(metrics, task)}  "
-                        f"{line['images_per_second']:.0f} images/s"
+                        f"epoch {len(log)}/{settings['epochs']}  loss {line['loss']:.3f}  "
+                        + (describe(metrics, task) + "  " if metrics else "")
+                        + f"{line['images_per_second']:.0f} images/s"
                     )
                     if broken.any():
                         tqdm.write(f"{int(broken.sum())} of {len(train)} training images so far cannot be read")
