@@ -286,7 +286,8 @@ def train_transform(size, randaugment, erasing):
     steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
     if randaugment:
         fill = [round(255 * value) for value in MEAN_COLOUR]
-        steps.append(v2.RandAugment(2, randaugment, interpolation=InterpolationMode.BILINEAR, fill=fill))
+        operation = v2.RandAugment(1, randaugment, interpolation=InterpolationMode.BILINEAR, fill=fill)
+        steps += [v2.RandomApply([operation], 0.5)] * 2  # one operation on average, as in Swin's recipe, not always two
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     if erasing:
         steps.append(v2.RandomErasing(erasing, value=list(MEAN_COLOUR)))
@@ -347,7 +348,7 @@ class Folder(Dataset):
 # ---------------------------------------------------------------------------------------------------------------
 # In training data[epoch, index] is an image, float32 (3, H, W) in [0, 1], and what is in it, a dictionary:
 #
-#     labels  (n,) int64           class of each object (det, inst), segment (pan) or connected region of a class (sem)
+#     labels  (n,) int64           class of each object (det, inst), of each segment (pan), or a class each (sem)
 #     boxes   (n, 4) float32       centre x, centre y, width, height, in fractions of the image
 #     masks   (n, H, W) bool       det has none
 #
@@ -466,7 +467,8 @@ def target_of(labels, boxes, masks, size):
 def by_regions(target):
     """Cuts the mask of each class into its connected regions, each a target of its own with the class as label.
 
-    Two chairs are easier to name one by one than as one mask: of the things of shapes, see README.  In evaluation a pixel
+    Two stars are easier to name one by one than as one mask: see README.  Label maps of files keep one mask a class, as the
+    models that the paper compares itself with do: their regions may be more than there are centers.  In evaluation a pixel
     gets the class of the largest sum over centers, to which it does not matter how many share a class.
     Regions are seen at stride 4, where what almost touches is one; what is smaller than 1/400 of the image stays with the
     largest region of its class.
@@ -480,7 +482,8 @@ def by_regions(target):
         spread = F.max_pool2d(number, 3, 1, 1) * seen
         if spread.equal(number):
             break
-        number = spread
+        # A number is also the name of a pixel of the region: what that pixel has by now is as high or higher.
+        number = F.pad(spread.flatten(1), (1, 0)).gather(1, spread.flatten(1).long()).view_as(spread)
     regions = []
     for label, of_class, mask in zip(labels, number.repeat_interleave(4, 1).repeat_interleave(4, 2), masks):
         of_class = of_class[: mask.shape[0], : mask.shape[1]]
@@ -777,8 +780,7 @@ class Ade(Dataset):
         present = present[present >= 0]
         with seeded(self.seed, epoch, index):
             masks = labels == present.view(-1, 1, 1)
-            image, target = training_sample(image, present.tolist(), None, masks, self.transform, self.crop)
-        return image, by_regions(target)
+            return training_sample(image, present.tolist(), None, masks, self.transform, self.crop)
 
 
 # ---------------------------------------------------------------------------------------------------------------

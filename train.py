@@ -74,7 +74,8 @@ RECIPES = {
     "smoothing": (0.0, 0.1, 0.0, 0.0, 0.0, 0.0, "cls: label smoothing"),
     "mixup": (0.0, 0.8, 0.0, 0.0, 0.0, 0.0, "cls: alpha of mixup; 0: none"),
     "cutmix": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, "cls: alpha of cutmix; 0: none"),
-    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10); 0: none"),
+    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10), two operations, "
+                    "each applied to half of the images; 0: none"),
     "erasing": (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, "cls: probability of erasing a rectangle"),
     "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
 }
