@@ -48,6 +48,8 @@ from data import (
     InputError,
     Shapes,
     SkipBroken,
+    as_float,
+    check,
     collate,
     dense_train_transform,
     ignore_signals,
@@ -463,6 +465,8 @@ def main():
     task, out = settings["task"], settings["out"]
     train = training_set(settings)
     val = validation_set(settings["data"], settings["test_size"] or settings["image_size"], task, train.classes)
+    check(train, "training")
+    check(val, "validation")
     num_classes = len(train.classes)
     things = None if task == "cls" else train.things
     steps_per_epoch = max(1, len(train) // settings["batch_size"])
@@ -533,8 +537,6 @@ def main():
             f"images from {settings['data'] or 'shapes'}; {steps} steps of {settings['batch_size']} images on "
             f"{world_size} x {device.type}"
         )
-        if getattr(train, "dropped", 0):
-            print(f"{train.dropped} objects without area are left out")
         if checkpoint:
             print(f"goes on after step {step}")
             if checkpoint["processes"] != world_size:
@@ -611,7 +613,7 @@ def main():
                     dist.all_reduce(total)
             parts = Counter()
             for chunk, (images, targets) in enumerate(share):
-                images, targets = to_device(images, device), to_device(targets, device)
+                images, targets = as_float(to_device(images, device)), to_device(targets, device)
                 if mixing:
                     images, targets = mix(
                         images, targets, num_classes, settings["mixup"], settings["cutmix"], settings["seed"], step
