@@ -6,6 +6,9 @@
     COCO          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments of any categories
     ADE20K        DIR/images/ and DIR/annotations/: label maps of any number of classes
 
+Files are read as they are found, from whatever tool: where their meaning is certain, they are read, in training as in
+evaluation; where it is not, check() ends the run with one line before the first step.
+
 Nothing here depends on how many processes or workers read: a sample and its augmentation are a function of
 (seed, epoch, index), the order of samples of (seed, epoch), mixup and cutmix of (seed, step).  A run can
 therefore be repeated, split over more devices, or taken up in the middle, and sees the same images.
@@ -392,7 +395,7 @@ class Folder(Dataset):
 # ---------------------------------------------------------------------------------------------------------------
 # In training data[epoch, index] is an image, uint8 (3, H, W), and what is in it, a dictionary:
 #
-#     labels  (n,) int64           class of each object (det, inst), of each segment (pan), or a class each (sem)
+#     labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
 #     boxes   (n, 4) float32       centre x, centre y, width, height, in fractions of the image
 #     masks   (n, H, W) bool       det has none
 #
@@ -703,7 +706,8 @@ class Coco(Dataset):
                 entries[entry["image_id"]] = entry
             else:
                 box = clip_box(entry["bbox"], sizes[entry["image_id"]])
-                what = position[entry["category_id"]], box, entry.get("segmentation"), entry["iscrowd"]
+                mask = entry["segmentation"] if task == "inst" else None
+                what = position[entry["category_id"]], box, mask, entry["iscrowd"]
                 entries[entry["image_id"]].append(what)
         parts = sum((entry["segments_info"] if task == "pan" else entry for entry in entries.values() if entry), [])
         self.crowds = sum(part["iscrowd"] if task == "pan" else part[3] for part in parts)
@@ -799,11 +803,12 @@ class Coco(Dataset):
         size, area = sizes[entry["image_id"]], entry.get("area")
         entry["bbox"] = clean_box(entry["bbox"], where)
         entry["area"] = area if isinstance(area, (int, float)) and 0 <= area < math.inf else None
-        try:
-            entry["segmentation"] = clean_mask(entry.pop("segmentation", None), size, where)
-        except InputError:
-            if self.task == "inst":
-                raise
+        mask, entry["segmentation"] = entry.get("segmentation"), []
+        if self.task == "inst":
+            entry["segmentation"] = clean_mask(mask, size, where)
+        elif entry["area"] is None:  # then the mask says it, if it is a good one
+            with contextlib.suppress(InputError):
+                entry["segmentation"] = clean_mask(mask, size, where)
         seen = clip_box(entry["bbox"], size) and (self.task == "det" or entry["segmentation"])
         return entry if seen else None
 
@@ -812,12 +817,13 @@ class Coco(Dataset):
         used = {part["category_id"] for e in content["annotations"] for part in e.get("segments_info", [e])}
         rows = sorted(content["categories"], key=lambda row: row["id"])
         top = rows[-1]["id"] if rows else 0
-        above = {row.get("supercategory") for row in rows if row["id"] != 0}
-        if classes is None:
-            # Tools put a name for all categories first, which no object has.
+        others = [row for row in rows if row["id"] != 0]
+        if classes is None:  # tools put a name for all categories first, which no object has
+            above = {row.get("supercategory") for row in others}
             left_out = [row for row in rows if row["id"] == 0 and (self.exported or row["name"] in above)]
         else:
-            left_out = [row for row in rows if row["name"] not in classes]
+            twins = {row["name"] for row in others}
+            left_out = [row for row in rows if row["name"] not in classes or row["id"] == 0 and row["name"] in twins]
         left_out = [row for row in left_out if row["id"] not in used]
         self.left_out = [row["name"] for row in left_out]
         rows = [row for row in rows if row not in left_out]
@@ -858,7 +864,7 @@ class Coco(Dataset):
         for number, entry in enumerate(content["annotations"], 1):
             entry["id"] = number  # for pycocotools, to be matched with annotation 0 is to be matched with none
             if entry["area"] is None:
-                mask = entry.get("segmentation")
+                mask = entry["segmentation"]
                 area = mask_utils.area(rle_of(mask, sizes[entry["image_id"]])) if mask else math.prod(entry["bbox"][2:])
                 entry["area"] = float(area)
         return indexed(content)
@@ -1042,12 +1048,15 @@ class Ade(Dataset):
 
     def label_map(self, index):
         """Classes of the pixels of an image, int64 (H, W), -1 where void."""
-        path, labels = self.read_map(index)
+        return self.without_void(*self.read_map(index))
+
+    def without_void(self, path, labels):
         if len(self.classes) < 255:
-            labels[labels == 255] = 0
-        if labels.max() > len(self.classes):
-            raise InputError(f"{path}: label {int(labels.max())} in it, the data set has labels 0 to {len(self.classes)}")
-        return labels - 1
+            labels = labels.where(labels != 255, 0)
+        labels = labels - 1
+        if labels.max() >= len(self.classes):
+            raise InputError(f"{path}: label {int(labels.max()) + 1} in it, the data set has labels 0 to {len(self.classes)}")
+        return labels
 
     def name(self, index):
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
@@ -1062,10 +1071,10 @@ class Ade(Dataset):
 
     def check(self, index):
         """How many pixels of a map have each value; raises InputError if it does not go with its image and the classes."""
-        labels = self.read_map(index)[1]
+        path, labels = self.read_map(index)
         self.check_size(index, header_size(self.name(index)), labels)
         if hasattr(self, "classes"):
-            self.label_map(index)
+            self.without_void(path, labels)
         return Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
 
     def describe(self, total):
@@ -1073,7 +1082,8 @@ class Ade(Dataset):
         share = lambda *values: f"{sum(total[value] for value in values) / total.total():.1%}"
         void = [0] + [255] * (len(self.classes) < 255)
         seen = sum(0 < value <= len(self.classes) for value in total.keys() - void)
-        lines = [f"{len(self)} images, {len(self.classes)} classes, {seen} of them in it, {share(*void)} of the pixels void"]
+        line = f"{len(self)} images, {len(self.classes)} classes, of which {seen} occur, {share(*void)} of the pixels void"
+        lines = [f"{line} ({' and '.join(map(str, void))})"]
         if 255 in void and total[0] and total[255]:
             both = f"0 ({share(0)} of the pixels) and 255 ({share(255)}) are both void"
             lines.append(f"{both}; if 0 is a class, add 1 to all labels but 255")
@@ -1087,9 +1097,9 @@ class Ade(Dataset):
         self.check_size(index, size, labels)
         if self.crop is None:
             return self.transform(image).as_subclass(torch.Tensor), dict(index=index, size=size)
-        numbers = range(len(self.classes))
+        labels = (labels + 1).to(torch.uint8 if len(self.classes) < 256 else torch.int32)
         with seeded(self.seed, epoch, index):
-            return training_sample(image, numbers, None, positions(labels, numbers), self.transform, self.crop)
+            return training_sample(image, range(len(self.classes)), None, labels, self.transform, self.crop)
 
 
 # ---------------------------------------------------------------------------------------------------------------
