@@ -609,7 +609,7 @@ def clean_entry(kind, entry, where):
     read = {key: reader(entry.get(key)) for key, reader in COCO_ENTRIES[kind].items()}
     wrong = [key for key, value in read.items() if value is None]
     if wrong:
-        raise InputError(f"{where} has no usable {', '.join(wrong)}")
+        raise InputError(f"{where} has no usable {', '.join(wrong)}; correct or remove the entry")
     return entry | read
 
 
@@ -617,7 +617,7 @@ def clean_box(bbox, where):
     """COCO's [left, top, width, height], as numbers."""
     numbers = [number(value) for value in bbox]
     if len(numbers) != 4 or None in numbers:
-        raise InputError(f"{where} has bbox {bbox}, which is not four numbers")
+        raise InputError(f"{where} has bbox {bbox}, which is not four numbers; correct or remove it")
     return numbers
 
 
@@ -628,8 +628,25 @@ def clip_box(bbox, size):
     return box if box[2] > box[0] and box[3] > box[1] else None  # None for NaN, too: it is not greater than anything
 
 
+def runs_of(counts):
+    """COCO's run lengths as text -> as numbers, int64 (n,), with -1 in it if it is no such text.
+
+    A character has five bits, and one that says whether the number goes on; from the fourth on a number is what is added
+    to the one before the last.
+    """
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    last = codes & 32 == 0
+    if not len(codes) or not last[-1] or codes.min() < 0 or codes.max() > 63:
+        return np.array([-1])
+    first = np.flatnonzero(np.append(True, last[:-1]))
+    place = 5 * (np.arange(len(codes)) - first[np.cumsum(last) - last])
+    runs = np.add.reduceat((codes & 31) << place, first) - ((codes[last] & 16) << (place[last] + 1))  # a sign
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
+
+
 def clean_mask(mask, size, where):
-    """COCO's segmentation as rle_of takes it, empty if it has no inside.  To decode a million here would take minutes."""
+    """COCO's segmentation as rle_of takes it, empty if it has no inside."""
     if not mask:
         return []
     if isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
@@ -644,14 +661,14 @@ def clean_mask(mask, size, where):
                 raise InputError(f"{where} has a polygon far outside of its image; correct or remove it")
             return [polygon.tolist() for polygon in whole]
     if isinstance(mask, dict) and isinstance(mask.get("size"), list) and [number(x) for x in mask["size"]] == list(size):
-        runs = mask.get("counts")
-        if isinstance(runs, str):
-            return dict(size=list(size), counts=runs)
-        runs = [number(run) for run in runs] if isinstance(runs, list) else [None]
+        counts = mask.get("counts")
+        counts = [number(run) for run in counts] if isinstance(counts, list) else counts
+        runs = runs_of(counts).tolist() if isinstance(counts, str) else counts or [None]
         # pycocotools takes runs that end too early, and leaves in the rest whatever was in memory.
         if all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == math.prod(size):
-            return dict(size=list(size), counts=runs)
-    raise InputError(f"{where} has a mask that is neither polygons nor run lengths of size {list(size)}")
+            return dict(size=list(size), counts=counts)
+    what = f"neither polygons nor run lengths of size {list(size)}"
+    raise InputError(f"{where} has a mask that is {what}; correct or remove it")
 
 
 def rle_of(mask, size):
@@ -693,7 +710,8 @@ class Coco(Dataset):
         self.kind = "panoptic" if task == "pan" else "instances"
         self.find(root, split)
         content = self.read()
-        self.choose_classes(content, classes)
+        parts = [part for entry in content["annotations"] for part in entry.get("segments_info", [entry])]
+        self.choose_classes(content["categories"], parts, classes)
         position = {number: label for label, number in enumerate(self.categories)}
         images = sorted(content["images"], key=lambda image: image["id"])
         sizes = {image["id"]: (image["height"], image["width"]) for image in images}
@@ -704,13 +722,11 @@ class Coco(Dataset):
         for entry in content["annotations"]:
             if task == "pan":
                 entries[entry["image_id"]] = entry
-            else:
+            elif not entry["iscrowd"]:
                 box = clip_box(entry["bbox"], sizes[entry["image_id"]])
                 mask = entry["segmentation"] if task == "inst" else None
-                what = position[entry["category_id"]], box, mask, entry["iscrowd"]
-                entries[entry["image_id"]].append(what)
-        parts = sum((entry["segments_info"] if task == "pan" else entry for entry in entries.values() if entry), [])
-        self.crowds = sum(part["iscrowd"] if task == "pan" else part[3] for part in parts)
+                entries[entry["image_id"]].append((position[entry["category_id"]], box, mask))
+        self.crowds = sum(part["iscrowd"] for part in parts)
         self.objects = len(parts) - self.crowds
         if not self.objects:
             none = f": {self.dropped} objects have no mask; --task det needs none" if self.dropped and task == "inst" else ""
@@ -776,7 +792,7 @@ class Coco(Dataset):
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         categories = {category["id"] for category in content["categories"]}
         if len(sizes) < len(content["images"]) or len(categories) < len(content["categories"]):
-            raise InputError(f"{self.path}: two images, or two categories, have the same id")
+            raise InputError(f"{self.path}: two images, or two categories, have the same id; number them differently")
         annotations = [self.clean(i, entry, sizes, categories) for i, entry in enumerate(content["annotations"])]
         self.dropped = annotations.count(None)
         content["annotations"] = [entry for entry in annotations if entry is not None]
@@ -791,11 +807,11 @@ class Coco(Dataset):
         """An annotation whose references, box and mask are good; None if it has nothing to be seen."""
         where = f"{self.path}: annotation {entry.get('id', entry.get('file_name', index))}"
         if entry["image_id"] not in sizes:
-            raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images")
+            raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images; add or remove one")
         parts = entry["segments_info"] if self.task == "pan" else [entry]
         for part in parts:
             if part["category_id"] not in categories:
-                raise InputError(f"{where} has category {part['category_id']}, which is not in its table")
+                raise InputError(f"{where} has category {part['category_id']}, which is not in its table; add or remove one")
         if self.task == "pan":
             if len({part["id"] for part in parts}) < len(parts):
                 raise InputError(f"{where} has two segments with the same id; number them differently, as in its PNG")
@@ -812,10 +828,10 @@ class Coco(Dataset):
         seen = clip_box(entry["bbox"], size) and (self.task == "det" or entry["segmentation"])
         return entry if seen else None
 
-    def choose_classes(self, content, classes):
+    def choose_classes(self, table, parts, classes):
         """Sets classes, things, categories (the number in the file of each class), and those that are left out."""
-        used = {part["category_id"] for e in content["annotations"] for part in e.get("segments_info", [e])}
-        rows = sorted(content["categories"], key=lambda row: row["id"])
+        used = {part["category_id"] for part in parts}
+        rows = sorted(table, key=lambda row: row["id"])
         top = rows[-1]["id"] if rows else 0
         others = [row for row in rows if row["id"] != 0]
         if classes is None:  # tools put a name for all categories first, which no object has
@@ -892,19 +908,6 @@ class Coco(Dataset):
     def __len__(self):
         return len(self.images)
 
-    def decode(self, index, shapes):
-        """Masks of an image as pixels, bool (n, H, W)."""
-        name, number, size = self.images[index]
-        masks = torch.zeros(len(shapes), *size, dtype=torch.uint8)
-        for mask, shape in zip(masks, shapes):
-            try:
-                mask[:] = torch.from_numpy(mask_utils.decode(rle_of(shape, size)))
-                if mask.max() > 1:  # what was in memory
-                    raise ValueError("its run lengths end too early")
-            except Exception as error:  # pycocotools raises just that
-                raise InputError(f"{self.path}: a mask of image {number}, {name}, is broken ({error})") from error
-        return masks.view(torch.bool)
-
     def __getitem__(self, key):
         """key: (epoch, index).  See above."""
         epoch, index = key
@@ -919,9 +922,13 @@ class Coco(Dataset):
             labels = [self.categories.index(segment["category_id"]) for segment in segments]
             masks = positions(ids, [segment["id"] for segment in segments])
         else:
-            objects = [what for *what, crowd in self.entries[index] if not crowd]
-            labels, boxes, shapes = zip(*objects) if objects else ([], [], [])
-            boxes, masks = box_tensor(boxes, size), self.decode(index, shapes) if self.task == "inst" else None
+            labels, boxes, shapes = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
+            boxes = box_tensor(boxes, size)
+            if self.task == "inst":
+                masks = torch.zeros(len(shapes), *size, dtype=torch.uint8)
+                for mask, shape in zip(masks, shapes):
+                    mask[:] = torch.from_numpy(mask_utils.decode(rle_of(shape, size)))
+                masks = masks.view(torch.bool)
         with seeded(self.seed, epoch, index):
             return training_sample(image, labels, boxes, masks, self.transform, self.crop)
 
@@ -935,8 +942,6 @@ class Coco(Dataset):
     def check(self, index):
         """What is counted of an image; raises InputError if image, map and annotations do not belong together."""
         size = self.check_size(index, header_size(self.name(index)))
-        if self.task == "inst":  # of run lengths as text nothing is known before they are decoded
-            self.decode(index, [mask for _, _, mask, _ in self.entries[index] if isinstance(mask, dict)])
         if self.task != "pan":
             return Counter()
         ids, segments = self.segments(index)

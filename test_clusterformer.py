@@ -1641,6 +1641,17 @@ def test_objects_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, 
     assert metrics["mask_AP"] == pytest.approx(1) and metrics["box_AP50"] == pytest.approx(1) and metrics["images"] == 2
 
 
+def test_run_lengths_as_text_are_those_of_pycocotools():
+    rng = np.random.default_rng(0)
+    masks = [rng.random((40, 60)) < share for share in (0, 0.001, 0.5, 1)] + [rectangle(5, 10, 15, 30), rectangle(0, 0, 400, 300, (400, 600))]
+    for mask in masks:
+        text = mask_utils.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+        assert data.runs_of(text).tolist() == runs(mask)["counts"]
+        for damaged in (text[:-1], text + "1", "b'" + text + "'", "\n" + text):
+            runs_ = data.runs_of(damaged)
+            assert runs_.min() < 0 or runs_.sum() != mask.size
+
+
 @pytest.mark.parametrize("change, complaint", [
     pytest.param(lambda c: c["annotations"][0].update(iscrowd="maybe"), "annotations[0] has no usable iscrowd", id="iscrowd"),
     pytest.param(lambda c: c["annotations"][0].update(bbox=["1", "2", "x", "4"]), "annotation 0 has bbox", id="bbox"),
@@ -1946,7 +1957,7 @@ def half_label_map(root):
 @pytest.mark.parametrize("task, write, damage, complaint", [
     ("inst", lambda root: coco_folder(root), small_image, "b.png: 61 x 40 pixels"),
     ("det", lambda root: coco_folder(root), half_image, "b.png: cannot be read as an image"),
-    ("inst", lambda root: coco_folder(root), broken_runs, "a mask of image 5, a.png, is broken"),
+    ("inst", lambda root: coco_folder(root), broken_runs, "annotation 2 has a mask that is neither"),
     ("pan", lambda root: panoptic_folder(root), strange_map, "segment 5 has no entry in"),
     ("sem", lambda root: write_ade(root), small_label_map, "b.jpg: 60 x 40 pixels, its label map has 50 x 40"),
     ("sem", lambda root: write_ade(root), half_label_map, "b.png: cannot be read as an image"),
