@@ -816,17 +816,18 @@ class Coco(Dataset):
             if len({part["id"] for part in parts}) < len(parts):
                 raise InputError(f"{where} has two segments with the same id; number them differently, as in its PNG")
             return entry
-        size, area = sizes[entry["image_id"]], entry.get("area")
-        entry["bbox"] = clean_box(entry["bbox"], where)
-        entry["area"] = area if isinstance(area, (int, float)) and 0 <= area < math.inf else None
-        mask, entry["segmentation"] = entry.get("segmentation"), []
-        if self.task == "inst":
-            entry["segmentation"] = clean_mask(mask, size, where)
-        elif entry["area"] is None:  # then the mask says it, if it is a good one
-            with contextlib.suppress(InputError):
-                entry["segmentation"] = clean_mask(mask, size, where)
-        seen = clip_box(entry["bbox"], size) and (self.task == "det" or entry["segmentation"])
-        return entry if seen else None
+        size, bbox, area = sizes[entry["image_id"]], clean_box(entry["bbox"], where), entry.get("area")
+        known, mask = isinstance(area, (int, float)) and 0 <= area < math.inf, []
+        try:
+            if self.task == "inst" or not known:
+                mask = clean_mask(entry.get("segmentation"), size, where)
+        except InputError:
+            if self.task == "inst":
+                raise
+        pixels = int(mask_utils.area(rle_of(mask, size))) if mask else 0  # none outside of the image, or of a line
+        if not clip_box(bbox, size) or self.task == "inst" and not pixels:
+            return None
+        return entry | dict(bbox=bbox, segmentation=mask, area=area if known else pixels or math.prod(bbox[2:]))
 
     def choose_classes(self, table, parts, classes):
         """Sets classes, things, categories (the number in the file of each class), and those that are left out."""
@@ -875,14 +876,9 @@ class Coco(Dataset):
     def coco(self):
         """The annotations, crowds too, as pycocotools' evaluation takes them."""
         content = self.read()
-        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         content["categories"] = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
         for number, entry in enumerate(content["annotations"], 1):
             entry["id"] = number  # for pycocotools, to be matched with annotation 0 is to be matched with none
-            if entry["area"] is None:
-                mask = entry["segmentation"]
-                area = mask_utils.area(rle_of(mask, sizes[entry["image_id"]])) if mask else math.prod(entry["bbox"][2:])
-                entry["area"] = float(area)
         return indexed(content)
 
     def segments(self, index):

@@ -1612,6 +1612,9 @@ EVERY = [0, 1, 3]  # objects of write_coco() that are neither crowds nor without
     pytest.param(one_object(segmentation=[[40, 20, 50, 35]]), [0, 3], None, id="polygon-of-two-points"),
     pytest.param(one_object(segmentation=[[40, 20, 50, 35], *LEFT]), EVERY, 1, id="polygon-of-two-points-beside-a-good-one"),
     pytest.param(one_object(segmentation=[[1, 1, 9, 1, 9, 9, 4], *LEFT]), EVERY, 1, id="polygon-of-seven-numbers"),
+    pytest.param(one_object(segmentation=[[99, 9, 120, 9, 120, 30]]), [0, 3], None, id="polygon-outside"),
+    pytest.param(one_object(segmentation=[[4, 9, 5, 9, 4, 9]]), [0, 3], None, id="polygon-that-is-a-line"),
+    pytest.param(one_object(segmentation=dict(size=[40, 60], counts=[2400])), [0, 3], None, id="mask-without-pixels"),
     pytest.param(one_object(segmentation=[[math.nan] * 6, *LEFT]), EVERY, 1, id="polygon-nan"),
     pytest.param(one_object(segmentation=[[str(x) for x in LEFT[0]]]), EVERY, 1, id="polygon-text"),
     pytest.param(one_object(segmentation=[]), [0, 3], None, id="mask-empty"),
@@ -1650,6 +1653,13 @@ def test_run_lengths_as_text_are_those_of_pycocotools():
         for damaged in (text[:-1], text + "1", "b'" + text + "'", "\n" + text):
             runs_ = data.runs_of(damaged)
             assert runs_.min() < 0 or runs_.sum() != mask.size
+
+
+@pytest.mark.parametrize("mask, area", [
+    (LEFT, 150), (None, 150), ("of another tool", 150), ([[40, 20, 45, 20, 45, 35, 40, 35]], 75)])
+def test_an_area_that_is_not_known_is_that_of_the_mask_or_else_of_the_box(tmp_path, mask, area):
+    edit_both(tmp_path, one_object(area=None, segmentation=mask))
+    assert read_both(tmp_path, "det")[1].coco().dataset["annotations"][1]["area"] == area
 
 
 @pytest.mark.parametrize("change, complaint", [
