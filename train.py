@@ -56,6 +56,8 @@ from data import (
     InputError,
     Shapes,
     SkipBroken,
+    as_float,
+    check,
     collate,
     dense_train_transform,
     ignore_signals,
@@ -83,7 +85,8 @@ RECIPES = {
     "smoothing": (0.0, 0.1, 0.0, 0.0, 0.0, 0.0, "cls: label smoothing"),
     "mixup": (0.0, 0.8, 0.0, 0.0, 0.0, 0.0, "cls: alpha of mixup; 0: none"),
     "cutmix": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, "cls: alpha of cutmix; 0: none"),
-    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10); 0: none"),
+    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10), two operations, "
+                    "each applied to half of the images; 0: none"),
     "erasing": (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, "cls: probability of erasing a rectangle"),
     "evaluate_every": (1, 1, 1, 5, 5, 1, "epochs between evaluations; there is always one at the end"),
     "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
@@ -483,6 +486,8 @@ def main():
     task, out = settings["task"], settings["out"]
     train = training_set(settings)
     val = validation_set(settings["data"], settings["test_size"] or settings["image_size"], task, train.classes)
+    check(train, "training")
+    check(val, "validation")
     num_classes = len(train.classes)
     things = None if task == "cls" else train.things
     steps_per_epoch = max(1, len(train) // settings["batch_size"])
@@ -551,8 +556,6 @@ def main():
             f"images from {settings['data'] or 'shapes'}; {steps} steps of {settings['batch_size']} images on "
             f"{world_size} x {device.type}"
         )
-        if getattr(train, "dropped", 0):
-            print(f"{train.dropped} objects without area are left out")
         if checkpoint:
             print(f"goes on after step {step}")
             if checkpoint["processes"] != world_size:
@@ -634,7 +637,7 @@ def main():
                     dist.all_reduce(total)
             parts = Counter()
             for chunk, (images, targets) in enumerate(share):
-                images, targets = batch_to_device(images, device), batch_to_device(targets, device)
+                images, targets = as_float(batch_to_device(images, device)), batch_to_device(targets, device)
                 if mixing:
                     images, targets = mix(
                         images, targets, num_classes, settings["mixup"], settings["cutmix"], settings["seed"], step
