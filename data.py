@@ -710,7 +710,9 @@ class Coco(Dataset):
         self.kind = "panoptic" if task == "pan" else "instances"
         self.find(root, split)
         content = self.read()
-        parts = [part for entry in content["annotations"] for part in entry.get("segments_info", [entry])]
+        parts = content["annotations"]
+        if task == "pan":
+            parts = [part for entry in parts for part in entry["segments_info"]]
         self.choose_classes(content["categories"], parts, classes)
         position = {number: label for label, number in enumerate(self.categories)}
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -836,7 +838,7 @@ class Coco(Dataset):
         top = rows[-1]["id"] if rows else 0
         others = [row for row in rows if row["id"] != 0]
         if classes is None:  # tools put a name for all categories first, which no object has
-            above = {row.get("supercategory") for row in others}
+            above = [row.get("supercategory") for row in others]
             left_out = [row for row in rows if row["id"] == 0 and (self.exported or row["name"] in above)]
         else:
             twins = {row["name"] for row in others}
@@ -848,12 +850,13 @@ class Coco(Dataset):
         if classes is not None and self.classes != list(classes):
             strange = next((name for name in self.classes if name not in classes), None)
             if strange is not None:
-                raise InputError(f"{self.path}: its category {strange} is none of the model's {len(classes)} classes")
+                what = f"its category {strange} is none of the model's {len(classes)} classes"
+                raise InputError(f"{self.path}: {what}; name categories as for training")
             of_name = {row["name"]: row for row in rows}
             if len(of_name) < len(rows) or len(set(classes)) < len(classes):
                 raise InputError(f"{self.path}: two categories have the same name, so that classes cannot be told by name")
             missing = [name for name in classes if name not in of_name]
-            if missing and (self.task == "pan" or not rows):
+            if missing and self.task == "pan":
                 raise InputError(f"{self.path}: it has no category {missing[0]}, which the model is trained for")
             # What the file does not know gets numbers that it does not use: those answers are saved, and not judged.
             free = {name: f"{top} {i}" if isinstance(top, str) else top + 1 + i for i, name in enumerate(missing)}
@@ -1052,6 +1055,7 @@ class Ade(Dataset):
         return self.without_void(*self.read_map(index))
 
     def without_void(self, path, labels):
+        """Labels of the file at path -> classes, -1 where void."""
         if len(self.classes) < 255:
             labels = labels.where(labels != 255, 0)
         labels = labels - 1
@@ -1076,7 +1080,8 @@ class Ade(Dataset):
         self.check_size(index, header_size(self.name(index)), labels)
         if hasattr(self, "classes"):
             self.without_void(path, labels)
-        return Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
+        counts = labels.flatten().bincount()
+        return Counter({value: int(counts[value]) for value in counts.nonzero()[:, 0].tolist()})
 
     def describe(self, total):
         """Lines that say what was understood.  total: pixels of each value in the maps."""

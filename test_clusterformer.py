@@ -927,6 +927,23 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_on_any_number_of_wor
     assert torch.equal(undisturbed, torch.rand(3))
 
 
+def test_randaugment_applies_each_of_two_operations_to_half_of_the_images():
+    image, same = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), 0
+    plain, augmented = data.train_transform(32, 0, 0), data.train_transform(32, 27, 0)
+    for seed in range(300):
+        with data.seeded(seed):
+            expected = plain(image)
+        with data.seeded(seed):
+            same += torch.equal(augmented(image), expected)
+    assert 0.2 < same / 300 < 0.45  # neither is drawn for a quarter, and one of the 14 operations is to do nothing
+
+
+def test_erased_rectangles_have_the_mean_color():
+    with data.seeded(0):
+        image = data.train_transform(32, 0, 1.0)(Image.new("RGB", (40, 40), "white"))
+    assert image.dtype == torch.uint8 and image.flatten(1).unique(dim=1).T.tolist() == [[124, 116, 104], [255, 255, 255]]
+
+
 def test_images_of_every_kind_are_read_rightly(tmp_path):
     rgb = np.zeros((40, 60, 3), np.uint8)
     rgb[:20], rgb[20:, :30], rgb[20:, 30:] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
@@ -1271,6 +1288,22 @@ def test_colours_change_for_label_maps_and_the_labels_do_not(tmp_path):
         assert target["labels"].tolist() == [0, 1, 2] and (target["masks"].sum(0) <= 1).all()
         torch.testing.assert_close(target["masks"].float().mean((1, 2)), shares, atol=0.05, rtol=0)
         assert torch.equal(image, coloured[epoch, 0][0]) and not torch.equal(image, coloured[epoch + 1, 0][0])
+
+
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_a_map_that_is_augmented_once_gives_the_masks_that_are_augmented_one_by_one(count):
+    rng = np.random.default_rng(count)
+    numbers = (rng.choice(2**24 - 1, count, replace=False) + 1).tolist()
+    ids = torch.from_numpy(np.array([0, *numbers]))[torch.from_numpy(rng.integers(0, count + 1, (20, 30))).kron(torch.ones(4, 4, dtype=torch.int64))]
+    image, labels = tv_tensors.Image(torch.zeros(3, 80, 120, dtype=torch.uint8)), rng.integers(0, 9, count).tolist()
+    once, each = data.positions(ids, numbers), ids == torch.tensor(numbers).view(-1, 1, 1)
+    for task in ("pan", "sem"):
+        for index in range(5):
+            targets = []
+            for masks in (once, each):
+                with data.seeded(index):
+                    targets.append(data.training_sample(image, labels, None, masks, data.dense_train_transform(task, 64), 64)[1])
+            assert all(torch.equal(targets[0][name], targets[1][name]) for name in ("labels", "boxes", "masks"))
 
 
 def test_an_image_without_objects_is_augmented_like_any_other(tmp_path):
