@@ -616,7 +616,7 @@ def clean_entry(kind, entry, where):
 def clean_box(bbox, where):
     """COCO's [left, top, width, height], as numbers."""
     numbers = [number(value) for value in bbox]
-    if len(numbers) != 4 or None in numbers:
+    if len(numbers) != 4 or {None, math.inf, -math.inf} & {*numbers}:
         raise InputError(f"{where} has bbox {bbox}, which is not four numbers; correct or remove it")
     return numbers
 

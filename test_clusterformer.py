@@ -1294,7 +1294,7 @@ def test_colours_change_for_label_maps_and_the_labels_do_not(tmp_path):
 def test_a_map_that_is_augmented_once_gives_the_masks_that_are_augmented_one_by_one(count):
     rng = np.random.default_rng(count)
     numbers = (rng.choice(2**24 - 1, count, replace=False) + 1).tolist()
-    ids = torch.from_numpy(np.array([0, *numbers]))[torch.from_numpy(rng.integers(0, count + 1, (20, 30))).kron(torch.ones(4, 4, dtype=torch.int64))]
+    ids = torch.from_numpy(np.array([0, *numbers])[np.kron(rng.integers(0, count + 1, (20, 30)), np.ones((4, 4), int))])
     image, labels = tv_tensors.Image(torch.zeros(3, 80, 120, dtype=torch.uint8)), rng.integers(0, 9, count).tolist()
     once, each = data.positions(ids, numbers), ids == torch.tensor(numbers).view(-1, 1, 1)
     for task in ("pan", "sem"):
@@ -1679,8 +1679,8 @@ def test_objects_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, 
 
 def test_run_lengths_as_text_are_those_of_pycocotools():
     rng = np.random.default_rng(0)
-    masks = [rng.random((40, 60)) < share for share in (0, 0.001, 0.5, 1)] + [rectangle(5, 10, 15, 30), rectangle(0, 0, 400, 300, (400, 600))]
-    for mask in masks:
+    large = rectangle(0, 0, 400, 300, (400, 600))
+    for mask in [*(rng.random((40, 60)) < share for share in (0, 0.001, 0.5, 1)), rectangle(5, 10, 15, 30), large]:
         text = mask_utils.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
         assert data.runs_of(text).tolist() == runs(mask)["counts"]
         for damaged in (text[:-1], text + "1", "b'" + text + "'", "\n" + text):
@@ -1698,6 +1698,7 @@ def test_an_area_that_is_not_known_is_that_of_the_mask_or_else_of_the_box(tmp_pa
 @pytest.mark.parametrize("change, complaint", [
     pytest.param(lambda c: c["annotations"][0].update(iscrowd="maybe"), "annotations[0] has no usable iscrowd", id="iscrowd"),
     pytest.param(lambda c: c["annotations"][0].update(bbox=["1", "2", "x", "4"]), "annotation 0 has bbox", id="bbox"),
+    pytest.param(lambda c: c["annotations"][0].update(bbox=[0, 0, math.inf, 4]), "annotation 0 has bbox", id="bbox-infinite"),
     pytest.param(lambda c: c["images"][0].update(width=60.5), "images[0] has no usable width", id="width"),
     pytest.param(lambda c: c["images"][1].update(height=0), "images[1] has no usable height", id="height"),
     pytest.param(lambda c: c["images"][0].update(id="3"), "two images, or two categories, have the same id", id="ids-join"),
@@ -1748,8 +1749,8 @@ def test_images_are_found_by_names_of_other_machines(tmp_path, name, complaint, 
         assert complaint in refusal(read)
         return
     image, target = read()[0, 1]
-    assert torch.equal(image, torch.from_numpy(np.array(Image.open(tmp_path / "train2017" / "more" / "c.png"))).permute(2, 0, 1)) == (
-        "c.png" in name) and len(target["labels"]) == 3
+    assert image.amax((1, 2)).tolist() == ([255, 0, 0] if "c.png" in name else [0, 0, 0] if task == "pan" else [100] * 3)
+    assert len(target["labels"]) == 3
 
 
 def write_export(root, used_in_val=("boat", "kite")):
@@ -1782,8 +1783,8 @@ def test_the_common_coco_export_is_read(tmp_path, capsys, task):
     assert metrics[evaluation.METRIC[task]] == pytest.approx(1)
     half = lambda dataset, task, index: keep(truth_as_prediction(dataset, task, index), 1)  # kites only
     rows = evaluation.evaluate(Oracle(val_set, task, half), val_set, CPU, per_class=True)["per_class"]
-    assert [row["class"] for row in rows] == ["boat", "kite"] and [row["AP" if task == "det" else "mask_AP"] for row in rows] == [
-        0, pytest.approx(1)]
+    name = "AP" if task == "det" else "mask_AP"
+    assert [(row["class"], row[name]) for row in rows] == [("boat", 0), ("kite", pytest.approx(1))]
 
 
 def keep(prediction, label):
@@ -1806,11 +1807,11 @@ def write_maps(root, *values, names=None):
     """ADE20K's layout with two maps a split, each with all of the values in stripes of ten columns."""
     write_ade(root, names=False)
     pixels = np.repeat(np.resize(values, 6), 10)[None].repeat(40, 0)
-    for split in ("training", "validation"):
-        for name in ("a", "b"):
-            Image.fromarray(pixels.astype(np.uint8 if max(values) < 256 else np.uint16)).save(root / "annotations" / split / f"{name}.png")
+    for path in (root / "annotations").rglob("*.png"):
+        Image.fromarray(pixels.astype(np.uint8 if max(values) < 256 else np.uint16)).save(path)
     if names:
-        (root / "objectInfo150.txt").write_text("Idx\tName\n" + "".join(f"{i}\tclass {i}\n" for i in range(1, names + 1)) + "\n \n")
+        rows = "".join(f"{i}\tclass {i}\n" for i in range(1, names + 1))
+        (root / "objectInfo150.txt").write_text(f"Idx\tName\n{rows}\n \n")
     return pixels
 
 
