@@ -994,9 +994,9 @@ class Ade(Dataset):
             self.classes = self.count_classes()
         self.things, self.categories = [False] * len(self.classes), list(range(1, len(self.classes) + 1))
         if not any(map(self.is_labeled, range(len(self)))):  # unless something is wrong, this looks at one map
-            values = sorted({value for index in range(len(self)) for value in self.values(index)})
-            found = f", only {', '.join(map(str, values[:5]))}" if values else ""
-            raise InputError(f"{self.maps}: not one labelled pixel in it{found}; number classes from 1, 0 and 255 are void")
+            total, faults = self.surveyed or survey(self.check, len(self), "looking for labels")
+            only = f"only the values {', '.join(map(str, sorted(total)))}; number classes from 1, 0 and 255 are void"
+            raise InputError(f"{self.maps}: not one labelled pixel in it, {only if total else faults[0][1]}")
 
     def read_table(self):
         """The names of the classes in objectInfo150.txt."""
@@ -1041,14 +1041,12 @@ class Ade(Dataset):
             raise InputError(f"{path}: {what} in it; the data set has labels from 1, 0 where void, as grey or palette PNG")
         return path, torch.from_numpy(channels[..., 0].astype(np.int64))
 
-    def values(self, index):
-        """The labels in a map; none if it cannot be read, which is told when its turn comes."""
-        with contextlib.suppress(InputError):
-            return self.read_map(index)[1].unique().tolist()
-        return []
-
     def is_labeled(self, index):
-        return any(0 < value <= len(self.classes) for value in self.values(index))
+        """Whether a map has a class; one that cannot be read has none, which is told when its turn comes."""
+        with contextlib.suppress(InputError):
+            labels = self.read_map(index)[1]
+            return ((labels > 0) & (labels <= len(self.classes))).any().item()
+        return False
 
     def label_map(self, index):
         """Classes of the pixels of an image, int64 (H, W), -1 where void."""

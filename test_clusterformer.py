@@ -1860,12 +1860,20 @@ def test_255_is_a_class_where_all_below_it_occur(tmp_path):
     pytest.param((255,), None, "the values 255 in it cannot be", id="255-alone"),
     pytest.param((0, 128, 255), None, "the values 0, 128, 255 in it cannot be", id="shades"),
     pytest.param((0, 85, 170, 255), None, "the values 0, 85, 170, 255 in it cannot be", id="more-shades"),
-    pytest.param((0, 255), 3, "not one labelled pixel in it, only 0, 255; number classes from 1", id="0-and-255-and-names"),
+    pytest.param((0, 255), 3, "not one labelled pixel in it, only the values 0, 255; number classes from 1", id="0-and-255-and-names"),
     pytest.param((0, 1, 9, 255), 3, "a.png: label 9 in it, the data set has labels 0 to 3; 1 more files", id="beyond-the-names"),
 ])
 def test_values_that_cannot_be_classes_are_refused(tmp_path, values, names, complaint):
     write_maps(tmp_path, *values, names=names)
     assert complaint in refusal(lambda: read_maps(tmp_path))
+
+
+@pytest.mark.parametrize("names", [None, 3])
+def test_label_maps_in_colors_are_refused(tmp_path, names):
+    write_maps(tmp_path, 0, 1, 2, names=names)
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        Image.new("RGB", (60, 40), (0, 128, 64)).save(path)
+    assert "a.png: colours in it; the data set has labels from 1" in refusal(lambda: read_maps(tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
