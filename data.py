@@ -616,7 +616,7 @@ def clean_entry(kind, entry, where):
 def clean_box(bbox, where):
     """COCO's [left, top, width, height], as numbers."""
     numbers = [number(value) for value in bbox]
-    if len(numbers) != 4 or None in numbers:
+    if len(numbers) != 4 or {None, math.inf, -math.inf} & {*numbers}:
         raise InputError(f"{where} has bbox {bbox}, which is not four numbers; correct or remove it")
     return numbers
 
@@ -710,7 +710,9 @@ class Coco(Dataset):
         self.kind = "panoptic" if task == "pan" else "instances"
         self.find(root, split)
         content = self.read()
-        parts = [part for entry in content["annotations"] for part in entry.get("segments_info", [entry])]
+        parts = content["annotations"]
+        if task == "pan":
+            parts = [part for entry in parts for part in entry["segments_info"]]
         self.choose_classes(content["categories"], parts, classes)
         position = {number: label for label, number in enumerate(self.categories)}
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -836,7 +838,7 @@ class Coco(Dataset):
         top = rows[-1]["id"] if rows else 0
         others = [row for row in rows if row["id"] != 0]
         if classes is None:  # tools put a name for all categories first, which no object has
-            above = {row.get("supercategory") for row in others}
+            above = [row.get("supercategory") for row in others]
             left_out = [row for row in rows if row["id"] == 0 and (self.exported or row["name"] in above)]
         else:
             twins = {row["name"] for row in others}
@@ -848,12 +850,13 @@ class Coco(Dataset):
         if classes is not None and self.classes != list(classes):
             strange = next((name for name in self.classes if name not in classes), None)
             if strange is not None:
-                raise InputError(f"{self.path}: its category {strange} is none of the model's {len(classes)} classes")
+                what = f"its category {strange} is none of the model's {len(classes)} classes"
+                raise InputError(f"{self.path}: {what}; name categories as for training")
             of_name = {row["name"]: row for row in rows}
             if len(of_name) < len(rows) or len(set(classes)) < len(classes):
                 raise InputError(f"{self.path}: two categories have the same name, so that classes cannot be told by name")
             missing = [name for name in classes if name not in of_name]
-            if missing and (self.task == "pan" or not rows):
+            if missing and self.task == "pan":
                 raise InputError(f"{self.path}: it has no category {missing[0]}, which the model is trained for")
             # What the file does not know gets numbers that it does not use: those answers are saved, and not judged.
             free = {name: f"{top} {i}" if isinstance(top, str) else top + 1 + i for i, name in enumerate(missing)}
@@ -991,9 +994,9 @@ class Ade(Dataset):
             self.classes = self.count_classes()
         self.things, self.categories = [False] * len(self.classes), list(range(1, len(self.classes) + 1))
         if not any(map(self.is_labeled, range(len(self)))):  # unless something is wrong, this looks at one map
-            values = sorted({value for index in range(len(self)) for value in self.values(index)})
-            found = f", only {', '.join(map(str, values[:5]))}" if values else ""
-            raise InputError(f"{self.maps}: not one labelled pixel in it{found}; number classes from 1, 0 and 255 are void")
+            total, faults = self.surveyed or survey(self.check, len(self), "looking for labels")
+            only = f"only the values {', '.join(map(str, sorted(total)))}; number classes from 1, 0 and 255 are void"
+            raise InputError(f"{self.maps}: not one labelled pixel in it, {only if total else faults[0][1]}")
 
     def read_table(self):
         """The names of the classes in objectInfo150.txt."""
@@ -1038,20 +1041,19 @@ class Ade(Dataset):
             raise InputError(f"{path}: {what} in it; the data set has labels from 1, 0 where void, as grey or palette PNG")
         return path, torch.from_numpy(channels[..., 0].astype(np.int64))
 
-    def values(self, index):
-        """The labels in a map; none if it cannot be read, which is told when its turn comes."""
-        with contextlib.suppress(InputError):
-            return self.read_map(index)[1].unique().tolist()
-        return []
-
     def is_labeled(self, index):
-        return any(0 < value <= len(self.classes) for value in self.values(index))
+        """Whether a map has a class; one that cannot be read has none, which is told when its turn comes."""
+        with contextlib.suppress(InputError):
+            labels = self.read_map(index)[1]
+            return ((labels > 0) & (labels <= len(self.classes))).any().item()
+        return False
 
     def label_map(self, index):
         """Classes of the pixels of an image, int64 (H, W), -1 where void."""
         return self.without_void(*self.read_map(index))
 
     def without_void(self, path, labels):
+        """Labels of the file at path -> classes, -1 where void."""
         if len(self.classes) < 255:
             labels = labels.where(labels != 255, 0)
         labels = labels - 1
@@ -1076,7 +1078,8 @@ class Ade(Dataset):
         self.check_size(index, header_size(self.name(index)), labels)
         if hasattr(self, "classes"):
             self.without_void(path, labels)
-        return Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
+        counts = labels.flatten().bincount()
+        return Counter({value: int(counts[value]) for value in counts.nonzero()[:, 0].tolist()})
 
     def describe(self, total):
         """Lines that say what was understood.  total: pixels of each value in the maps."""
