@@ -36,6 +36,8 @@ import eval as evaluation
 import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, ".github"))
+import benchmark  # noqa: E402, a script beside the project, not a part of it
 
 
 def random_model(**arguments):
@@ -1617,8 +1619,8 @@ def test_evaluation_on_several_processes_is_exact(tmp_path, count):
 
 
 def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
-    monkeypatch.setitem(evaluation.PEERS, "nano", ())
-    rows = evaluation.benchmark("nano", "cls", (64, 64), 2, torch.device("cpu"), rounds=2)
+    monkeypatch.setitem(benchmark.PEERS, "nano", ())
+    rows = benchmark.benchmark("nano", "cls", (64, 64), 2, torch.device("cpu"), rounds=2)
     model = cf.ClusterFormer("cls", "nano")
     assert rows[0]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     with FlopCounterMode(display=False) as counter:
@@ -1628,10 +1630,11 @@ def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
     assert 4 * rows[0]["parameters"] < forward < training  # float32 weights at least; then gradients and moments
     assert rows[0]["eager forward"]["images_per_second"] > rows[0]["eager training"]["images_per_second"] > 0
     assert rows[0]["eager training"]["ratio"] == 1
-    evaluation.print_benchmark(rows)
-    assert "(1.00x)" in capsys.readouterr().out
-    assert evaluation.loading_speed(folder, 32, images=4) > 0
-    (row,) = evaluation.benchmark("nano", "inst", (64, 80), 1, torch.device("cpu"), rounds=1)
+    benchmark.print_benchmark(rows)
+    titles, rule, row = capsys.readouterr().out.splitlines()
+    assert titles.count("|") == rule.count("|") == row.count("|") and "(1.00x)" in row  # a table in Markdown
+    assert benchmark.loading_speed(folder, 32, images=4) > 0
+    (row,) = benchmark.benchmark("nano", "inst", (64, 80), 1, torch.device("cpu"), rounds=1)
     assert row["model"] == "nano inst" and row["eager training"]["images_per_second"] > 0 and row["memory"][0] < row["memory"][1]
 
 
@@ -2571,7 +2574,8 @@ def readme(language):
 def commands():
     """Command lines in the README, in blocks and in the text, and in the scripts' own explanations."""
     with open(os.path.join(HERE, "README.md")) as file:
-        text = "\n".join([*readme("bash"), *re.findall(r"`((?:torchrun|python) [^`]+)`", file.read()), train.__doc__, evaluation.__doc__])
+        text = "\n".join([*readme("bash"), *re.findall(r"`((?:torchrun|python) [^`]+)`", file.read()), train.__doc__, evaluation.__doc__,
+                          benchmark.__doc__])
     lines = [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines()]
     lines = [re.split(r"\s#|\s{3,}", line)[0].split() for line in lines if line.startswith(("torchrun", "python"))]
     return sorted({tuple(line) for line in lines if "--help" not in line})
@@ -2590,11 +2594,11 @@ def test_every_command_that_is_written_down_is_understood(tmp_path, monkeypatch,
         settings = train.parse_settings()
         assert settings["task"] in cf.TASKS
     else:
-        assert words[0] == "eval.py"
-        monkeypatch.setattr(evaluation, "start_processes", lambda: sys.exit("understood"))
+        script = {"eval.py": evaluation, ".github/benchmark.py": benchmark}[words[0]]
+        monkeypatch.setattr(script, "start_processes", lambda: sys.exit("understood"))
         monkeypatch.setattr(evaluation, "curve", lambda path: sys.exit("understood"))
         with pytest.raises(SystemExit, match="^understood$"):
-            evaluation.main()
+            script.main()
 
 
 def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -2616,7 +2620,7 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(loss) for loss in losses.values()) and len(names["detector"].eval()([torch.rand(3, 64, 64)])) == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", ".github/benchmark.py"])
 def test_help_explains_every_flag(script):
     text = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True).stdout
     for line in text.splitlines():
