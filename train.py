@@ -577,6 +577,8 @@ def main():
                 line = dict(epoch=len(log) + 1, step=step, loss=sum(losses.values()), lr=lr_at(step - 1)) | metrics
                 line |= dict(images_per_second=(step - start_step) * settings["batch_size"] / seconds, seconds=seconds)
                 line |= {f"loss_{name}": value for name, value in losses.items() if task != "cls"}
+                if device.type == "cuda":
+                    line["memory_MiB"] = torch.cuda.max_memory_allocated() / 2**20
                 improved = metrics[METRIC[task]] > max([-1.0, *(line[METRIC[task]] for line in log)])
                 log.append(line)
                 if rank == 0:  # last.pt last: killed before it, the next run does all this once more
