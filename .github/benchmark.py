@@ -71,9 +71,9 @@ def work(model, images, optimizer=None):
         torch.cuda.synchronize()
 
 
-def resident_peak():
-    """The most bytes that this process had in memory at once, from the kernel's count of resident pages."""
-    with open("/proc/self/status") as file:
+def resident_peak(process="self"):
+    """The most bytes that a process had in memory at once, from the kernel's count of resident pages."""
+    with open(f"/proc/{process}/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
