@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Evaluate a checkpoint of train.py, draw what it sees, or measure speed and memory.
+"""Evaluate a checkpoint of train.py, or draw what it sees.
 
     python eval.py --checkpoint runs/cls/last.pt                                    on the data it was trained for
     python eval.py --checkpoint runs/cls/last.pt --data IMAGENET_DIR                on another folder's val/
@@ -7,9 +7,6 @@
     torchrun --nproc_per_node=8 eval.py --checkpoint runs/inst/last.pt              on eight devices, the same figures
     python eval.py --checkpoint runs/inst/last.pt --images photo.jpg DIR --clusters --out pictures
     python eval.py --checkpoint runs/cls/last.pt --explain star cross               why the one and not the other
-    python eval.py --curve runs/cls/log.jsonl                                       loss and figure over epochs
-    python eval.py --benchmark --variant tiny --image-size 224 --batch-size 8       beside torchvision's Swin and ConvNeXt
-    python eval.py --benchmark --task inst --image-size 800 1333 --batch-size 1
 
 cls: top-1 and top-5.  det, inst: COCO's twelve figures, by pycocotools.  sem: mIoU, pixel accuracy.  pan: PQ, SQ, RQ.
 
@@ -23,31 +20,25 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import statistics
 import sys
-import time
 from collections import Counter
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from clusterformer import VARIANTS, ClusterFormer, cells_of, layout_of, load_checkpoint
+from clusterformer import cells_of, layout_of, load_checkpoint
 from data import (
     Ade,
     Coco,
@@ -63,7 +54,6 @@ from data import (
     is_hidden,
     load_image,
     loader_of,
-    train_transform,
 )
 
 
@@ -624,37 +614,6 @@ def explanation_panels(model, image, names, chosen):
     return rows
 
 
-def curve(path):
-    """Loss and figure over epochs, from OUT/log.jsonl.  Returns a PIL picture."""
-    try:
-        with open(path) as file:
-            log = [json.loads(line) for line in file]
-        name = next(name for name in METRIC.values() if name in log[0])
-        series = dict(loss=[line["loss"] for line in log]) | {name: [line[name] for line in log]}
-    except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
-        raise InputError(f"{path}: not a log.jsonl of train.py ({error})") from error
-    font, panels = ImageFont.load_default(13), []
-    for number, (title, values) in enumerate(series.items()):
-        panel = Image.new("RGB", (480, 320), "white")
-        draw, highest = ImageDraw.Draw(panel), max([1e-9, *filter(math.isfinite, values)])
-        step = next(s for s in (m * 10.0**e for e in range(-9, 12) for m in (1, 2, 5)) if 5 * s >= highest)
-        top = step * math.ceil(highest / step)
-        x = lambda epoch: 60 + 400 * (epoch - 1) / max(1, len(values) - 1)
-        y = lambda value: 290 - 270 * value / top
-        for tick in range(round(top / step) + 1):
-            value = step * tick
-            draw.line([60, y(value), 460, y(value)], "lightgrey")
-            draw.text((54, y(value)), f"{value:.3g}", "black", font, "rm")
-        for epoch in sorted({1 + round((len(values) - 1) * tick / 4) for tick in range(5)}):
-            draw.text((x(epoch), 296), str(epoch), "black", font, "ma")
-        points = [(x(epoch), y(value)) for epoch, value in enumerate(values, 1) if math.isfinite(value)]
-        draw.line(points, colour(number), 3)
-        for px, py in points if len(points) < 50 else []:
-            draw.ellipse([px - 4, py - 4, px + 4, py + 4], colour(number))
-        panels.append((f"{title} over epochs, last {values[-1]:.4g}", panel))
-    return sheet([panels])
-
-
 def images_of(paths, task, size):
     """Pictures and folders of pictures -> a list of (name, image as the model takes it, size (H, W) in the file)."""
     files = []
@@ -709,162 +668,14 @@ def draw(model, classes, items, out, clusters, chosen, device):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Speed and memory
-# ---------------------------------------------------------------------------------------------------------------
-PEERS = {"nano": ("swin_t", "convnext_tiny"), "tiny": ("swin_t", "convnext_tiny"), "small": ("swin_s", "convnext_small")}
-
-
-def build(name):
-    """A model with fresh weights: "VARIANT TASK" of ClusterFormer, or torchvision's classifier of that name."""
-    variant, *task = name.split()
-    return ClusterFormer(*task, variant, PAPER_CLASSES[task[0]]) if task else torchvision.models.get_model(name)
-
-
-def usual_targets(model, images):
-    """Labels for cls; for the dense tasks seven rectangles an image, as many objects as COCO has on average."""
-    n, (height, width) = len(images), images.shape[-2:]
-    if getattr(model, "task", "cls") == "cls":
-        return torch.zeros(n, dtype=torch.int64, device=images.device)
-    masks = torch.zeros(7, height, width, dtype=torch.bool, device=images.device)
-    for i, mask in enumerate(masks):
-        mask[i * height // 9 : (i + 3) * height // 9, i * width // 9 : (i + 3) * width // 9] = True
-    boxes = masks_to_boxes(masks) / torch.tensor([width, height] * 2, device=images.device)
-    labels = torch.arange(7, device=images.device)
-    return [dict(labels=labels, boxes=box_convert(boxes, "xyxy", "cxcywh"), masks=masks)] * n
-
-
-def work(model, images, optimizer=None):
-    """What is measured: a forward pass or, with an optimizer, a training step; in bfloat16 on a GPU, as in train.py."""
-    model.train(optimizer is not None)
-    with torch.set_grad_enabled(optimizer is not None):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            output = model(images)
-        if optimizer:
-            targets = usual_targets(model, images)
-            if isinstance(targets, list):
-                from train import dense_losses  # not above: train.py imports this file
-
-                loss = sum(dense_losses(output, targets, model.backbone.strides[0]).values()) / (7 * len(images))
-            else:
-                loss = F.cross_entropy((output["logits"] if isinstance(output, dict) else output).float(), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-
-
-def peak_memory(name, training, shape, device):
-    """Bytes that a model, its optimizer and its work add to a process; called in a process of its own.
-
-    Of a CPU it is known on Linux only, from the kernel's count of resident pages; elsewhere nan.
-    """
-
-    def peak():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-    on_cpu = device.type == "cpu"
-    if on_cpu and sys.platform != "linux":
-        return math.nan
-    if on_cpu:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak counts from here, not from the imports
-        before = peak()
-    model, images = build(name).to(device), torch.rand(shape, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True) if training else None
-    for _ in range(2):
-        work(model, images, optimizer)
-    return peak() - before if on_cpu else torch.cuda.max_memory_allocated()
-
-
-def benchmark(variant, task, image_size, batch_size, device, compiled=False, rounds=9):
-    """Measures a variant, for cls beside its peers of torchvision.  Returns a list of rows, dictionaries; the first is 1 x.
-
-    image_size: (height, width).
-
-    The models take turns, round after round, since other work on a machine comes and goes: a ratio is the median over
-    the rounds of the ratios within a round.
-    """
-    names = (*(PEERS[variant] if task == "cls" else ()), f"{variant} {task}")
-    shape = (batch_size, 3, *image_size)
-    images = torch.rand(shape, device=device)
-    rows, runs, times = [], {}, {}
-    for name in names:
-        model = build(name).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.zeros(1, *shape[1:]))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        # A fresh process for each figure; its count of memory starts from what the imports take.
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            memory = [pool.apply(peak_memory, (name, training, shape, device)) for training in (False, True)]
-        rows.append(dict(model=name, parameters=parameters, macs=counter.get_total_flops() // 2, memory=memory))
-        model = model.to(device)
-        for mode in ["eager", "compiled"][: 1 + compiled]:
-            runner = torch.compile(model) if mode == "compiled" else model
-            runs[name, mode, "forward"] = (runner, images)
-            runs[name, mode, "training"] = (runner, images, torch.optim.AdamW(model.parameters(), fused=True))
-    for run in tqdm(runs.values(), "warm up", leave=False, disable=None):
-        work(*run)
-        work(*run)
-    repeats = 10 if device.type == "cuda" else 1
-    for _ in tqdm(range(rounds), "rounds", leave=False, disable=None):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                work(*run)
-            times.setdefault(key, []).append((time.perf_counter() - start) / repeats)
-    for row in rows:
-        for name, mode, kind in runs:
-            if name == row["model"]:
-                own, peer = times[name, mode, kind], times[names[0], mode, kind]
-                row[f"{mode} {kind}"] = dict(
-                    images_per_second=batch_size / statistics.median(own),
-                    ratio=statistics.median(theirs / ours for theirs, ours in zip(peer, own)),
-                )
-    return rows
-
-
-def loading_speed(data, image_size, images=300):
-    """Images a second that one core reads and augments for training, as in the ImageNet recipe, from DIR/train/."""
-    dataset = Folder(data, "train", train_transform(image_size, randaugment=27, erasing=0.25))
-    torch.set_num_threads(1)  # as in a loader process
-    start = time.process_time()  # the seconds of a core, whatever else the machine does
-    for key in tqdm(range(images), "loading", leave=False, disable=None):
-        dataset[key // len(dataset), key % len(dataset)]
-    return images / (time.process_time() - start)
-
-
-def print_benchmark(rows):
-    """The rows of benchmark() as a table; x is times the first row."""
-    speeds = [key for key in rows[0] if " " in key]
-    titles = ["", "M parameters", "GMACs", *(f"{speed} /s" for speed in speeds), "forward MiB", "training MiB"]
-    table = [titles]
-    for row in rows:
-        cells = [row["model"], f"{row['parameters'] / 1e6:.1f}", f"{row['macs'] / 1e9:.2f}"]
-        cells += [f"{row[speed]['images_per_second']:.4g} ({row[speed]['ratio']:.2f}x)" for speed in speeds]
-        cells += [f"{own / 2**20:.0f} ({own / peer:.2f}x)" for own, peer in zip(row["memory"], rows[0]["memory"])]
-        table.append(cells)
-    print_table(table)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="a last.pt or best.pt of train.py; it knows task and model")
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help="evaluate its validation images (default: those of the data that the checkpoint was trained on); "
-        "benchmark loading DIR/train/<class>/",
-    )
-    size = (
-        "pixels a side, dense tasks on files: of the short side (default: as in training); benchmark: a side, or height and "
-        "width (default: 224, dense tasks 512)"
-    )
-    parser.add_argument("--image-size", type=int, nargs="+", help=size)
-    batch_size = "images per step and process (default: cls and benchmark 128, dense tasks and benchmark on a CPU 8)"
-    parser.add_argument("--batch-size", type=int, help=batch_size)
+    parser.add_argument("--checkpoint", required=True, help="a last.pt or best.pt of train.py; it knows task and model")
+    data = "evaluate its validation images (default: those of the data that the checkpoint was trained on)"
+    parser.add_argument("--data", metavar="DIR", help=data)
+    size = "pixels a side, dense tasks on files: of the short side (default: as in training)"
+    parser.add_argument("--image-size", type=int, help=size)
+    parser.add_argument("--batch-size", type=int, help="images per step and process (default: cls 128, dense tasks 8)")
     parser.add_argument("--workers", type=int, help="loader processes per process (default: spare cores, 16 at most)")
     parser.add_argument("--json", metavar="FILE", help="also write figures, as fractions of 1, or predictions to FILE")
     parser.add_argument("--per-class", action="store_true", help="also AP, IoU or PQ of each class; not for cls")
@@ -883,49 +694,16 @@ def main():
         "--explain", nargs="*", metavar="CLASS", help="cls: draw what speaks for a class (default: the likeliest), or for one "
         "and against another"
     )
-    pictures.add_argument("--curve", metavar="FILE", help="draw the log.jsonl of a run into a PNG beside it")
     pictures.add_argument("--out", metavar="DIR", default="pictures", help="where pictures go (default: pictures)")
-    speed = parser.add_argument_group("speed and memory, of fresh weights")
-    speed.add_argument("--benchmark", action="store_true", help="images per second, peak memory, GMACs beside torchvision")
-    speed.add_argument("--task", choices=PAPER_CLASSES, default="cls", help="model to measure (default: cls)")
-    speed.add_argument("--variant", choices=VARIANTS, default="tiny", help="size of the model (default: tiny)")
-    speed.add_argument("--compile", action="store_true", help="measure compiled models, too; takes minutes to start")
     args = parser.parse_args()
-    if bool(args.checkpoint) + args.benchmark + bool(args.curve) != 1:
-        raise InputError("give one of --checkpoint FILE, --curve FILE and --benchmark")
-    if args.curve:
-        path = os.path.splitext(args.curve)[0] + ".png"
-        curve(args.curve).save(path)
-        print(path)
-        return
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers must be at least 0, got {args.workers}")
-    if args.image_size and min(args.image_size) < 32:
-        raise InputError(f"--image-size must be at least 32, got {min(args.image_size)}")
-    if args.image_size and len(args.image_size) > 1 + args.benchmark:
-        raise InputError("--image-size takes one number, with --benchmark two at most")
+    if args.image_size is not None and args.image_size < 32:
+        raise InputError(f"--image-size must be at least 32, got {args.image_size}")
 
     rank, world_size, device = start_processes()
-    if args.benchmark:
-        if world_size > 1:
-            raise InputError("--benchmark measures one device: start it without torchrun")
-        default = 224 if args.task == "cls" else 512
-        height, width = (args.image_size or [default])[0], (args.image_size or [default])[-1]
-        batch_size = args.batch_size or (128 if device.type == "cuda" else 8) // (1 if args.task == "cls" else 8)
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        print(f"{batch_size} images of {height} x {width} on {where}, torch {torch.__version__}")
-        rows = benchmark(args.variant, args.task, (height, width), batch_size, device, args.compile)
-        print_benchmark(rows)
-        if args.data:
-            loaded = loading_speed(args.data, height)
-            cores = rows[-1]["eager training"]["images_per_second"] / loaded
-            print(f"a core loads {loaded:.0f} training images/s from {args.data}; {cores:.2g} of them feed the training step")
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(rows, file, indent=2)
-        return
     try:
         model, checkpoint = load_checkpoint(args.checkpoint)
     except ValueError as error:
@@ -945,7 +723,7 @@ def main():
     if args.explain is not None and task != "cls" or len(chosen) > 2 or not set(chosen) <= set(classes):
         raise InputError(f"--explain is for cls and takes up to two of its classes: {', '.join(classes)}")
     data = args.data or settings["data"]
-    image_size = args.image_size[0] if args.image_size else settings.get("test_size") or settings["image_size"]
+    image_size = args.image_size or settings.get("test_size") or settings["image_size"]
     if draws:
         model.to(device)
         items = list(images_of(args.images, task, image_size)) if args.images else held_out(data, image_size, task, classes)

@@ -39,6 +39,8 @@ import eval as evaluation
 import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, ".github"))
+import benchmark  # noqa: E402, a script beside the project, not a part of it
 
 
 def random_model(**arguments):
@@ -2293,8 +2295,8 @@ def test_evaluation_on_several_processes_is_exact(tmp_path, count):
 
 
 def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
-    monkeypatch.setitem(evaluation.PEERS, "nano", ())
-    rows = evaluation.benchmark("nano", "cls", (64, 64), 2, torch.device("cpu"), rounds=2)
+    monkeypatch.setitem(benchmark.PEERS, "nano", ())
+    rows = benchmark.benchmark("nano", "cls", (64, 64), 2, torch.device("cpu"), rounds=2)
     model = cf.ClusterFormer("cls", "nano")
     assert rows[0]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     with FlopCounterMode(display=False) as counter:
@@ -2304,10 +2306,11 @@ def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
     assert 4 * rows[0]["parameters"] < forward < training  # float32 weights at least; then gradients and moments
     assert rows[0]["eager forward"]["images_per_second"] > rows[0]["eager training"]["images_per_second"] > 0
     assert rows[0]["eager training"]["ratio"] == 1
-    evaluation.print_benchmark(rows)
-    assert "(1.00x)" in capsys.readouterr().out
-    assert evaluation.loading_speed(folder, 32, images=4) > 0
-    (row,) = evaluation.benchmark("nano", "inst", (64, 80), 1, torch.device("cpu"), rounds=1)
+    benchmark.print_benchmark(rows)
+    titles, rule, row = capsys.readouterr().out.splitlines()
+    assert titles.count("|") == rule.count("|") == row.count("|") and "(1.00x)" in row  # a table in Markdown
+    assert benchmark.loading_speed(folder, 32, images=4) > 0
+    (row,) = benchmark.benchmark("nano", "inst", (64, 80), 1, torch.device("cpu"), rounds=1)
     assert row["model"] == "nano inst" and row["eager training"]["images_per_second"] > 0 and row["memory"][0] < row["memory"][1]
 
 
@@ -2675,17 +2678,6 @@ def test_the_rounds_of_a_block_begin_with_the_cells_of_a_grid():
     assert len({tuple(first[y, x]) for y in (40, 280) for x in (40, 280)}) == 4
 
 
-def test_a_log_becomes_a_picture(tmp_path, capsys):
-    lines = [dict(epoch=i + 1, loss=3 / (i + 1), top1=0.2 * i) for i in range(4)] + [dict(epoch=5, loss=math.nan, top1=0.9)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert call(evaluation, capsys, "--curve", tmp_path / "log.jsonl").strip() == str(tmp_path / "log.png")
-    with Image.open(tmp_path / "log.png") as picture:
-        assert picture.width > 900
-    (tmp_path / "other.jsonl").write_text("{}")
-    with pytest.raises(SystemExit, match="other.jsonl: not a log.jsonl of train.py"):
-        call(evaluation, capsys, "--curve", tmp_path / "other.jsonl")
-
-
 @pytest.mark.parametrize(
     "task, arguments, complaint",
     [
@@ -2837,13 +2829,16 @@ def step_of(out):
     return torch.load(out / "last.pt")["step"] if (out / "last.pt").exists() else 0
 
 
+MEASURED = "seconds", "images_per_second", "memory_MiB"
+
+
 def assert_same_end(a, b):
     a, b = (torch.load(out / "last.pt") for out in (a, b))
     assert a["step"] == b["step"]
     for name in ("model", "ema"):
         assert a[name].keys() == b[name].keys()
         assert all(torch.equal(a[name][key], b[name][key]) for key in a[name])
-    a, b = ([{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in x["log"]] for x in (a, b))
+    a, b = ([{k: v for k, v in line.items() if k not in MEASURED} for line in x["log"]] for x in (a, b))
     assert repr(a) == repr(b)  # nan is nan
 
 
@@ -3095,6 +3090,153 @@ def test_files_in_the_layouts_of_coco_and_ade_train_as_they_are(tmp_path, capsys
     assert f"of {count} images" in printed and saved.exists()
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# On a GPU:   pytest -q -k on_a_gpu
+# ---------------------------------------------------------------------------------------------------------------
+def needs_gpus(count):
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPU" + "s" * (count > 1))
+
+
+def write_scenes(root, task, sizes):
+    """Scenes of shapes in the layout of the task's files, the same for training and evaluation; sizes: (height, width)."""
+    scenes = data.Shapes(len(sizes), max(map(max, sizes)), 0, "val", task)
+    kind = "panoptic" if task == "pan" else "instances"
+    table = [dict(id=i, name=name, isthing=int(thing)) for i, name, thing in zip(scenes.categories, scenes.classes, scenes.things)]
+    for split, ade in (("train", "training"), ("val", "validation")):
+        maps = root / "annotations" / (ade if task == "sem" else f"panoptic_{split}2017")
+        images = root / "images" / ade if task == "sem" else root / f"{split}2017"
+        content = dict(images=[], annotations=[], categories=table)
+        for i, (height, width) in enumerate(sizes):
+            pixels, shown, label = scenes.scene(0, i)
+            labelled, segments = np.zeros((height, width, 3), np.uint8), []
+            shown = [(category, mask[:height, :width]) for category, mask in shown if mask[:height, :width].any()]
+            for number, (category, mask) in enumerate(shown, 1):
+                rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
+                labelled[mask, 0] = category + 1 if task == "sem" else number
+                entry = dict(id=number, image_id=i, category_id=category + 1, area=int(mask.sum()), iscrowd=0)
+                entry |= dict(bbox=mask_utils.toBbox(rle).tolist(), segmentation=rle | dict(counts=rle["counts"].decode()))
+                segments.append(entry)
+            content["images"].append(dict(id=i, file_name=f"{i}.jpg", height=height, width=width))
+            whole = dict(image_id=i, file_name=f"{i}.png", segments_info=segments)
+            content["annotations"] += [whole] if task == "pan" else segments
+            place = root / split / scenes.classes[label] if task == "cls" else images
+            for folder in (place, maps):
+                folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[:, :height, :width].transpose(1, 2, 0).copy()).save(place / f"{i}.jpg")
+            Image.fromarray(labelled[..., 0] if task == "sem" else labelled).save(maps / f"{i}.png")
+        (root / "annotations" / f"{kind}_{split}2017.json").write_text(json.dumps(content))
+
+
+def finite_log(out, task):
+    """The lines of a run's log, whose loss and figure have to be finite."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line[key]) for line in log for key in ("loss", evaluation.METRIC[task])), log
+    return log
+
+
+def train_and_evaluate(tmp_path, capsys, task, processes):
+    """Two steps and an evaluation, the same once more on one process after a resume, and eval.py; images are of unequal sizes."""
+    out = tmp_path / "run"
+    write_scenes(tmp_path / "files", task, [(60, 90), (80, 64), (48, 70), (70, 71)])
+    arguments = ["--task", task, "--data", tmp_path / "files", "--variant", "nano", "--image-size", 64, "--batch-size", 2]
+    arguments += [] if task == "cls" else ["--test-size", 48]
+    arguments += ["--epochs", 1, "--workers", 1, "--out", out]
+    if processes == 1:
+        call(train, capsys, *arguments)
+    else:
+        run = start(processes, *arguments)
+        _, errors = run.communicate()
+        assert run.returncode == 0, errors
+    assert "goes on after step 2" in call(train, capsys, "--task", task, "--resume", "--epochs", 2, "--out", out)
+    assert [line["step"] for line in finite_log(out, task)] == [2, 4]
+    assert "of 4 images" in call(evaluation, capsys, "--checkpoint", out / "last.pt", "--workers", 0)  # in one batch
+
+
+def class_map(answer):
+    """The classes of the pixels in an answer of sem or pan; of inst, whether they are of an object."""
+    if "panoptic" in answer:
+        label = torch.tensor([-1, *(segment["label"] for segment in answer["segments"])])
+        place = torch.tensor([0, *(segment["id"] for segment in answer["segments"])])
+        return label[torch.searchsorted(place, answer["panoptic"].cpu())]
+    return answer["semantic"].cpu() if "semantic" in answer else answer["masks"].any(0).cpu()
+
+
+def compare_answers(task, there):
+    """float32 answers for images of unequal sizes, on the CPU and on a device, whose products may be TF32's."""
+    model = random_model() if task == "cls" else random_dense(task)
+    images = [torch.rand(3, *size) for size in [(96, 64), (50, 70), (100, 81)]]
+    with torch.no_grad():
+        expected, exact = model.predict(images), model(images)
+        model, images = model.to(there), [image.to(there) for image in images]
+        found, rough = model.predict(images), model(images)
+    for key in exact.keys() - {"aux"}:
+        real = exact[key] > -99  # of centers that the image has
+        difference = (rough[key].cpu() - exact[key])[real].abs().mean()
+        assert difference < 0.01 * exact[key][real].abs().mean(), key
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        if "scores" in a:
+            torch.testing.assert_close(a["scores"][:5].cpu(), b["scores"][:5], atol=0.01, rtol=0.01)
+        if task in ("inst", "sem", "pan"):
+            assert (class_map(a) == class_map(b)).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("processes", [pytest.param(count, marks=needs_gpus(count)) for count in (1, 2)])
+def test_training_and_evaluation_on_a_gpu(tmp_path, capsys, task, processes):
+    train_and_evaluate(tmp_path, capsys, task, processes)
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["memory_MiB"] > 0
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@needs_gpus(1)
+def test_answers_on_a_gpu_are_those_of_the_cpu(task):
+    compare_answers(task, torch.device("cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dress rehearsal of the full-scale recipes:   REHEARSAL=1 pytest -q -s -k rehearsal
+# ---------------------------------------------------------------------------------------------------------------
+FULL_SIZE = dict(cls=224, det=1024, inst=1024, sem=512, pan=1024)
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    rows = [["", "s a step", "s of evaluation", "MiB a process"]]
+    yield rows
+    print()
+    evaluation.print_table(rows)
+
+
+@pytest.mark.skipif("REHEARSAL" not in os.environ, reason="takes long; REHEARSAL=1 in the environment runs it")
+@pytest.mark.parametrize("task", cf.TASKS)
+def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, rehearsed, task):
+    """Two processes, an image each: two steps, an evaluation, SIGTERM, and a resume that finishes."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun kills after 30 s; on a CPU a step may take longer
+    out = tmp_path / "run"
+    write_scenes(tmp_path / "files", task, [(480, 640), (640, 480), (427, 640), (500, 375)])
+    run = start(2, "--task", task, "--data", tmp_path / "files", "--batch-size", 2, "--epochs", 2, "--workers", 1, "--out", out)
+    written = []
+    try:
+        for name in ("last.pt", "log.jsonl"):  # written before the evaluation, and after it
+            wait_for(lambda: (out / name).exists() or run.poll() is not None, 3600)
+            written.append(time.time())
+        memory = [benchmark.resident_peak(pid) / 2**20 for pid, parent in members(out).items() if parent == run.pid]
+        run.send_signal(signal.SIGTERM)
+        printed, errors = run.communicate()
+        assert f"{task}, tiny, " in printed and f"training images of {FULL_SIZE[task]} x {FULL_SIZE[task]} " in printed, errors
+        step = int(re.search(r"stopped after step (\d+) of 4; ", errors).group(1))
+        assert run.returncode != 0 and 2 <= step < 4 and len(memory) == 2
+        run = start(2, "--task", task, "--out", out, "--resume")
+        printed, errors = run.communicate()
+        assert run.returncode == 0 and f"goes on after step {step}\n" in printed, errors
+    finally:
+        kill(out)
+    first, last = finite_log(out, task)
+    assert (first["step"], last["step"]) == (2, 4) and step_of(out) == 4
+    rehearsed.append([task, f"{first['seconds'] / 2:.1f}", f"{written[1] - written[0]:.1f}", f"{max(memory):.0f}"])
+
+
 def test_the_backbone_learns_slowly_and_vectors_do_not_decay():
     model = random_dense("det")
     rows = train.parameter_groups(model, 0.05, 0.1)
@@ -3254,7 +3396,8 @@ def readme(language):
 def commands():
     """Command lines in the README, in blocks and in the text, and in the scripts' own explanations."""
     with open(os.path.join(HERE, "README.md")) as file:
-        text = "\n".join([*readme("bash"), *re.findall(r"`((?:torchrun|python) [^`]+)`", file.read()), train.__doc__, evaluation.__doc__])
+        text = "\n".join([*readme("bash"), *re.findall(r"`((?:torchrun|python) [^`]+)`", file.read()), train.__doc__, evaluation.__doc__,
+                          benchmark.__doc__])
     lines = [line.strip() for line in re.sub(r"\\\n\s*", "", text).splitlines()]
     lines = [re.split(r"\s#|\s{3,}", line)[0].split() for line in lines if line.startswith(("torchrun", "python"))]
     return sorted({tuple(line) for line in lines if "--help" not in line})
@@ -3273,11 +3416,10 @@ def test_every_command_that_is_written_down_is_understood(tmp_path, monkeypatch,
         settings = train.parse_settings()
         assert settings["task"] in cf.TASKS
     else:
-        assert words[0] == "eval.py"
-        monkeypatch.setattr(evaluation, "start_processes", lambda: sys.exit("understood"))
-        monkeypatch.setattr(evaluation, "curve", lambda path: sys.exit("understood"))
+        script = {"eval.py": evaluation, ".github/benchmark.py": benchmark}[words[0]]
+        monkeypatch.setattr(script, "start_processes", lambda: sys.exit("understood"))
         with pytest.raises(SystemExit, match="^understood$"):
-            evaluation.main()
+            script.main()
 
 
 def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -3299,7 +3441,7 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(loss) for loss in losses.values()) and len(names["detector"].eval()([torch.rand(3, 64, 64)])) == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", ".github/benchmark.py"])
 def test_help_explains_every_flag(script):
     text = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True).stdout
     for line in text.splitlines():

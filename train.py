@@ -601,6 +601,8 @@ def main():
                 line = dict(epoch=len(log) + 1, step=step, loss=sum(losses.values()), lr=lr_at(step - 1)) | metrics
                 line |= dict(images_per_second=(step - start_step) * settings["batch_size"] / seconds, seconds=seconds)
                 line |= {f"loss_{name}": value for name, value in losses.items() if task != "cls"}
+                if device.type == "cuda":
+                    line["memory_MiB"] = torch.cuda.max_memory_allocated() / 2**20
                 key = METRIC[task]
                 improved = metrics and metrics[key] > max([-1.0, *(line[key] for line in log if key in line)])
                 log.append(line)
