@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from clusterformer import VARIANTS, ClusterFormer
 from data import Folder, InputError, train_transform
 from eval import PAPER_CLASSES, run, start_processes
-from train import dense_losses
+from train import losses_of
 
 PEERS = {"nano": ("swin_t", "convnext_tiny"), "tiny": ("swin_t", "convnext_tiny"), "small": ("swin_s", "convnext_small")}
 
@@ -61,7 +61,7 @@ def work(model, images, optimizer=None):
         if optimizer:
             targets = usual_targets(model, images)
             if isinstance(targets, list):
-                loss = sum(dense_losses(output, targets, model.backbone.strides[0]).values()) / (7 * len(images))
+                loss = sum(losses_of(model, output, targets, 0.0).values()) / (7 * len(images))
             else:
                 loss = F.cross_entropy((output["logits"] if isinstance(output, dict) else output).float(), targets)
             loss.backward()
