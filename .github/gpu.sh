@@ -16,7 +16,8 @@ END
 
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
-export TMPDIR="$tmp" PYTHONPYCACHEPREFIX="$tmp" # caches of compilers, too, go where TMPDIR says
+trap 'kill "$running"; exit 130' INT TERM
+export TMPDIR="$tmp" PYTHONPYCACHEPREFIX="$tmp" XDG_CACHE_HOME="$tmp" TRITON_CACHE_DIR="$tmp" CUDA_CACHE_PATH="$tmp"
 table="| | | seconds | images/s | peak memory MiB |
 | --- | --- | --- | --- | --- |"
 code=0
@@ -25,12 +26,15 @@ part() { # NAME SECONDS COMMAND...: runs it for so long at most, and adds a row 
     local name=$1 limit=$2 start=$SECONDS status=0 result
     shift 2
     echo "$name, $limit s at most" >&2
-    timeout -k 5 "$limit" "$@" >"$tmp/$name.txt" 2>"$tmp/$name.err" || status=$?
+    timeout -k 5 "$limit" "$@" >"$tmp/$name.txt" 2>"$tmp/$name.err" &
+    running=$!
+    wait "$running" || status=$?
     local seconds=$((SECONDS - start))
     if [ $status != 0 ]; then
         code=1
+        [ $status = 124 ] && result="out of time" || result="failed ($status)"
         tail -n 20 "$tmp/$name.txt" "$tmp/$name.err" >&2
-        result="**failed ($status)**: $(last_line "$name") | $seconds | | |"
+        result="**$result**: $(last_line "$name") | $seconds | | |"
     elif [ -e "$tmp/$name/log.jsonl" ]; then
         result=$(last_epoch "$tmp/$name/log.jsonl" $seconds)
     elif [ "$name" = tests ]; then
