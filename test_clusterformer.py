@@ -820,16 +820,17 @@ def test_points_are_drawn_where_a_mask_is_uncertain():
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_each_head_learns_one_batch_by_heart(task):
-    slow()
-    torch.manual_seed(0)
+def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
+    # Half as wide and as deep as nano: this takes seconds, and boxes still reach an IoU of 0.9 and maps 0.95.
+    small = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 128), dim=64, levels=(1, 1))
+    monkeypatch.setitem(cf.VARIANTS, "nano", small)
     shapes = data.Shapes(100, 64, 0, "train", task)
     images, targets = data.collate([shapes[0, i] for i in (1, 2)])
     model = cf.ClusterFormer(task, "nano", len(shapes.classes), things=shapes.things).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for step in range(250):
+    for step in range(120):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 - step / 250)
+            group["lr"] = 4e-3 * min(1, (step + 1) / 10) * (1 - step / 120)
         loss = sum(train.dense_losses(model(images), targets, 4).values()) / sum(len(t["labels"]) for t in targets)
         optimizer.zero_grad()
         loss.backward()
@@ -2146,14 +2147,17 @@ def short_epochs(monkeypatch):
     monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(40, 32, 0, "val"))
 
 
-def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
+def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    call(train, capsys, *QUICK[:-2], "--epochs", 1, "--workers", 1, "--out", out)
+    monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(2500, *rest))
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "validation_set", lambda *_: data.Shapes(400, 32, 0, "val"))
+    call(train, capsys, *QUICK[:4], "--batch-size", 25, "--epochs", 1, "--workers", 1, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.125
+    assert metrics["top1"] >= 0.3 and metrics["images"] == 400  # chance is 0.125 +- 0.017; three seeds gave 0.44 to 0.46
     (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 130
-    again = ["--batch-size", 50, "--json", tmp_path / "figures.json"]  # in the same batches, which round the same
+    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 100
+    again = ["--batch-size", 25, "--json", tmp_path / "figures.json"]  # in the same batches, which round the same
     printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", *again)
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
