@@ -46,6 +46,7 @@ VARIANTS = {  # blocks and channels of the four stages; of the dense tasks: widt
     "tiny": dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1)),  # as Swin-T
     "small": dict(depths=(2, 2, 18, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1)),  # as Swin-S
 }
+VERSION = 2  # raised whenever weights of before would give other results, also where their names and shapes are the same
 HEAD_DIM = 64  # channels of one head; a stage of fewer has one head
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100, as in the paper
 CENTER_RATIO = 1, 2  # hidden widths, in D, of the two MLPs of the centers, before and after clustering
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
     """Where images lie in a map of H x W tokens; computed once for all the blocks of a stage.
 
     In a batch of unequal images each lies at the top left of the map and padding fills the rest; `tokens` and
-    `centers` then tell what is real.  Images of one size have neither mask, and a 1 in place of B.
+    `centers` then tell what is real.  A mask is None where everything is real; images of one size have a 1 in place of B.
     """
 
     rows: torch.Tensor  # (B, kh, H)  row i averages the rows of the map that make up row i of the grid
@@ -68,6 +69,11 @@ class Layout(NamedTuple):
     x: torch.Tensor  # (B, W)
     tokens: torch.Tensor | None  # (B, H, W)  bool, True where there is image
     centers: torch.Tensor | None  # (B, kh * kw)  bool, True where there is a center
+
+
+def to_device(values, device):
+    """A small host tensor on the device, without waiting for the GPU: from pageable memory the copy would be a wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def split_side(lengths, size, tokens_per_cell=2):
@@ -90,29 +96,49 @@ def split_side(lengths, size, tokens_per_cell=2):
     return inside / inside.sum(-1, keepdim=True).clamp(min=1), real[..., 0]
 
 
+def inside_of(height, width, sides):
+    """Which places of a map of height x width lie within images of these sides, (B, 2) -> bool (B, H, W)."""
+    rows = torch.arange(height, device=sides.device) < sides[:, :1]
+    columns = torch.arange(width, device=sides.device) < sides[:, 1:]
+    return rows[:, :, None] & columns[:, None]
+
+
 def layout_of(height, width, sizes=None, device=None, tokens_per_cell=2):
     """Layout of a map of height x width tokens.
 
-    sizes: (B, 2) int64, real heights and widths in tokens, or None.
+    sizes: (B, 2) int64 on the CPU, real heights and widths in tokens, or None.  On the host, whether a mask is needed can be
+    decided without waiting for the GPU.
     tokens_per_cell: of a small map; a large one has its 10 x 10 cells.  A cluster of one token has nothing to gather: hence 2.
     """
-    masked = sizes is not None
-    if not masked:
-        sizes = torch.stack([torch.full((1,), height, device=device), torch.full((1,), width, device=device)], 1)
-    rows, real_rows = split_side(sizes[:, 0], height, tokens_per_cell)
-    columns, real_columns = split_side(sizes[:, 1], width, tokens_per_cell)
-    y = (torch.arange(height, device=device) + 0.5) / sizes[:, :1] - 0.5
-    x = (torch.arange(width, device=device) + 0.5) / sizes[:, 1:] - 0.5
-    if not masked:
-        return Layout(rows, columns, y, x, None, None)
-    tokens = (y < 0.5)[:, :, None] & (x < 0.5)[:, None]
-    return Layout(rows, columns, y, x, tokens, (real_rows[:, :, None] & real_columns[:, None]).flatten(1))
+    device = torch.device("cpu") if device is None else device
+    if sizes is None:
+        sides = torch.stack([torch.full((1,), side, device=device) for side in (height, width)], 1)
+    else:
+        sides = to_device(sizes, device)
+    rows, real_rows = split_side(sides[:, 0], height, tokens_per_cell)
+    columns, real_columns = split_side(sides[:, 1], width, tokens_per_cell)
+    y = (torch.arange(height, device=device) + 0.5) / sides[:, :1] - 0.5
+    x = (torch.arange(width, device=device) + 0.5) / sides[:, 1:] - 0.5
+    tokens = centers = None
+    if sizes is not None:
+        shortest = sizes.amin(0).tolist()
+        if shortest != [height, width]:
+            tokens = inside_of(height, width, sides)
+        cells = [min(GRID, -(-side // tokens_per_cell)) for side in shortest]
+        if cells != [rows.shape[1], columns.shape[1]]:
+            centers = (real_rows[:, :, None] & real_columns[:, None]).flatten(1)
+    return Layout(rows, columns, y, x, tokens, centers)
 
 
 def pool_centers(x, layout):
     """AdaptivePooling_K: x, map (B, H, W, D) -> means of the cells of the grid, (B, K, D), K = kh * kw."""
     x = (layout.rows.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, kh, W, D)
     return (layout.columns[:, None].to(x.dtype) @ x).flatten(1, 2)  # (B, K, D)
+
+
+def mask_padding(x, layout):
+    """A map (B, H, W, D) with zeros beyond each image, which a convolution then sees as it sees any border."""
+    return x if layout.tokens is None else x * layout.tokens[..., None]
 
 
 def mlp(dim, ratio):
@@ -182,6 +208,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
             it counts in M and in the likeness.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N): over K it sums to 1 for real tokens and is 0 for others.
         """
+        if self.training:
+            with torch.no_grad():  # the parameter itself: beyond a clamp in the graph it would never see a gradient again
+                self.log_temperature.clamp_(max=math.log(50.0))  # at 50 a softmax is an argmax
         keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
         # (B, N, h, d): of four heads, the first compares channels 0 to d - 1 and gathers channels 0, 4, 8, ...
         values = tokens.unflatten(-1, (-1, self.num_heads)).transpose(-2, -1)
@@ -193,7 +222,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         history = {"centers": [centers], "assignments": [], "values": values.transpose(0, 1), "weights": []}
         with torch.autocast(tokens.device.type, enabled=False):
             centers, q = centers.to(dtype), self.q.to(dtype)
-            tau = self.log_temperature.to(dtype).exp().clamp(max=50.0).view(-1, 1, 1, 1)  # at 50 a softmax is an argmax
+            tau = self.log_temperature.to(dtype).exp().view(-1, 1, 1, 1)
             for _ in range(self.iterations):
                 queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)  # (h, B, K, d)
                 queries = tau * F.normalize(queries, dim=-1)
@@ -288,8 +317,7 @@ class ClusterBlock(nn.Module):
 
         Returns the map, same shape.
         """
-        if layout.tokens is not None:
-            x = x * layout.tokens[..., None]  # the convolution must see the same zeros beyond an image as at a border
+        x = mask_padding(x, layout)
         x = x + self.neighbours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         tokens = self.norm(x)
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
@@ -325,7 +353,7 @@ def batch_images(images):
     """One tensor for a list of images.
 
     images: (B, 3, H, W), or a list of (3, H, W) of any sizes.
-    Returns (B, 3, H, W), and None if all have one size, else sizes (B, 2) int64 in pixels; padding is zero.
+    Returns (B, 3, H, W), and None if all have one size, else sizes (B, 2) int64 in pixels, on the CPU; padding is zero.
     """
     if isinstance(images, torch.Tensor):
         return images, None
@@ -336,7 +364,7 @@ def batch_images(images):
     batch = images[0].new_zeros(len(images), 3, height, width)
     for padded, image in zip(batch, images):
         padded[:, : image.shape[-2], : image.shape[-1]] = image
-    return batch, torch.tensor(sizes, device=batch.device)
+    return batch, torch.tensor(sizes, device="cpu")
 
 
 def pad_to_multiple(images, multiple):
@@ -381,17 +409,34 @@ class Backbone(nn.Module):
     def embed(self, images, sizes):
         """Pixels to tokens: what is seen there, and where in the image it is.
 
-        Returns the map (B, H, W, D), its layout, and the sizes of the images in tokens.
+        Returns the map (B, H, W, D) and its layout.
         """
         x = (images - self.mean) / self.std
         if sizes is not None:  # padding of zeros after normalising, as at the border of an image on its own
-            inside = layout_of(*images.shape[-2:], sizes).tokens
-            x = x * inside[:, None]
+            x = x * inside_of(*x.shape[-2:], to_device(sizes, x.device))[:, None]
             sizes = -(-sizes // self.strides[0])
         x = self.stem(pad_to_multiple(x, self.strides[0])).permute(0, 2, 3, 1)  # (B, H, W, D)
         layout = layout_of(x.shape[1], x.shape[2], sizes, x.device)
         y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
-        return self.embed_norm(x + self.coordinates(torch.stack([y, x_], -1))), layout, sizes
+        return self.embed_norm(x + self.coordinates(torch.stack([y, x_], -1))), layout
+
+    def features(self, images, sizes=None, trace=None):
+        """As forward, for heads that go on with the tokens: a list of four maps (B, H, W, C), and their four layouts."""
+        x, layout = self.embed(images, sizes)
+        maps, layouts = [], []
+        for i, blocks in enumerate(self.stages):
+            if i > 0:
+                x = mask_padding(self.downsample_norms[i - 1](x), layout)
+                x = self.downsamples[i - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # ceil(H / 2), ceil(W / 2)
+                real = None if sizes is None else -(-sizes // self.strides[i])
+                layout = layout_of(x.shape[1], x.shape[2], real, x.device)
+            for block in blocks:
+                x = block(x, layout, trace)
+                if trace is not None:
+                    trace[-1]["stage"] = i
+            maps.append(x)
+            layouts.append(layout)
+        return maps, layouts
 
     def forward(self, images, sizes=None, trace=None):
         """images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W) of any sizes >= 32 x 32.
@@ -408,22 +453,8 @@ class Backbone(nn.Module):
         check_images(images)
         if not isinstance(images, torch.Tensor):
             images, sizes = batch_images(images)
-        x, layout, sizes = self.embed(images, sizes)
-        maps = []
-        for i, blocks in enumerate(self.stages):
-            if i > 0:
-                x = self.downsample_norms[i - 1](x)
-                if layout.tokens is not None:
-                    x = x * layout.tokens[..., None]
-                    sizes = -(-sizes // 2)
-                x = self.downsamples[i - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # ceil(H / 2), ceil(W / 2)
-                layout = layout_of(x.shape[1], x.shape[2], sizes, x.device)
-            for block in blocks:
-                x = block(x, layout, trace)
-                if trace is not None:
-                    trace[-1]["stage"] = i
-            maps.append(x.permute(0, 3, 1, 2))
-        return maps
+        maps, _ = self.features(images, None if sizes is None else sizes.cpu(), trace)
+        return [x.permute(0, 3, 1, 2) for x in maps]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -461,7 +492,8 @@ class ClassificationHead(nn.Module):
         else:
             real = layout.centers[..., None].to(centers.dtype)
             mean = (centers * real).sum(1) / real.sum(1)
-        return self.classifier(mean)
+        with torch.autocast(mean.device.type, enabled=False):  # in bfloat16 logits of likely classes would often be equal
+            return self.classifier(mean.to(self.classifier.weight.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -470,7 +502,8 @@ class ClassificationHead(nn.Module):
 class Neck(nn.Module):
     """Maps of one width D, in which fine maps know what coarse ones see.
 
-        P_s = Linear(norm(I_s)) + upsampled Linear(norm(P_2s))        from the coarsest map to the finest
+        Q_s = Linear(norm(I_s)) + upsampled Linear(norm(P_2s))        from the coarsest map to the finest
+        P_s = Q_s + DepthwiseConv(Q_s)                                each token among its neighbors, as in an FPN
 
     What comes down begins as zero.  Coarse maps learn last: until then they would only drown what the fine one sees.
     """
@@ -482,14 +515,18 @@ class Neck(nn.Module):
         for descent in self.descents:
             nn.init.zeros_(descent[-1].weight)
             nn.init.zeros_(descent[-1].bias)
+        self.neighbours = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in channels)
 
-    def forward(self, maps):
-        """maps: (B, H, W, C) of each stride, fine to coarse.  Returns as many maps (B, H, W, D)."""
-        outputs = [self.laterals[-1](maps[-1])]
-        for x, lateral, descent in reversed(list(zip(maps, self.laterals, self.descents))):  # all but the coarsest
-            x = lateral(x)
-            coarse = descent(outputs[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)  # (i, j) lies in (i // 2, j // 2)
-            outputs.append(x + coarse[:, : x.shape[1], : x.shape[2]])
+    def forward(self, maps, layouts):
+        """maps: (B, H, W, C) of each stride, fine to coarse.  layouts: of these.  Returns as many maps (B, H, W, D)."""
+        outputs = []
+        for i in reversed(range(len(maps))):
+            x = self.laterals[i](maps[i])
+            if outputs:
+                coarse = self.descents[i](outputs[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)
+                x = x + coarse[:, : x.shape[1], : x.shape[2]]  # (i, j) lies in (i // 2, j // 2)
+            x = mask_padding(x, layouts[i])
+            outputs.append(x + self.neighbours[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return outputs[::-1]
 
 
@@ -521,9 +558,9 @@ def remoteness(boxes, layout):
 
     boxes: (B, K, 4) cxcywh in fractions of the image.  Returns (B, K, H, W).
     """
-    x, y, width, height = boxes.float().clamp(min=0.01).unsqueeze(-1).unbind(2)  # (B, K, 1) each
-    across = ((layout.x[:, None] + 0.5 - x) / (width / 2)) ** 2  # (B, K, W)
-    down = ((layout.y[:, None] + 0.5 - y) / (height / 2)) ** 2  # (B, K, H)
+    x, y, width, height = boxes.float().unsqueeze(-1).unbind(2)  # (B, K, 1) each
+    across = ((layout.x[:, None] + 0.5 - x) / (width.clamp(min=0.01) / 2)) ** 2  # (B, K, W)
+    down = ((layout.y[:, None] + 0.5 - y) / (height.clamp(min=0.01) / 2)) ** 2  # (B, K, H)
     return down[..., None] + across[:, :, None]
 
 
@@ -536,21 +573,57 @@ def place_prior(boxes, layout):
     A mean over a whole object tells what it is made of, but not how it is put together.  Where four heads each gather a
     quarter, a corner at the top left and one at the bottom right are two things: of shapes, 64 % instead of 44 % were named
     rightly after 300 steps of 16 scenes (means over true boxes).
+    A quarter is at least a token wide.  A narrower one may lie between the tokens: all of them would be far away, equally,
+    and the center would gather the whole image.
     boxes: (B, K, 4) cxcywh in fractions of the image.  Returns (4, B, N, K); in the middle of a quarter's sides it is -2.
     """
-    middle, sides = boxes[..., :2], boxes[..., 2:]
-    quarters = [torch.cat([middle + sides * sides.new_tensor(part), sides / 2], -1) for part in QUARTERS]
+    x, y, width, height = boxes.unbind(-1)  # (B, K) each
+    wide, high = (torch.maximum(side / 2, 1 + 2 * place[:, :1]) for side, place in ((width, layout.x), (height, layout.y)))
+    quarters = [torch.stack([x + right * width, y + down * height, wide, high], -1) for right, down in QUARTERS]
     prior = torch.stack([-2 * remoteness(quarter, layout).flatten(2).mT for quarter in quarters])
     # Not below -20: the weights of a box in which there is no token would all be 0 in float32, and so would their mass.
     return prior.clamp(min=-20)
 
 
+def mask_prior(masks, finest, step):
+    """How likely the pixels of a center are at a place: the log of the probability of its mask there.
+
+    A box also holds what is around an object and before it; its mask does not.
+    masks: logits (B, K, H, W).  finest: layout of the masks.  step: how many of their pixels a side make a token.
+    Returns (B, N, K), not below -10, so that a center whose mask is wrong still sees what else is in its box.
+    """
+    pool = lambda x: F.avg_pool2d(x, step, ceil_mode=True)  # a mean of what there is at the border
+    masks = masks.float()
+    if finest.tokens is None:
+        masks = pool(masks)
+    else:  # a mean over what is image
+        real = finest.tokens[:, None].float()
+        masks = pool(masks * real) / pool(real).clamp(min=1e-6)
+    return F.logsigmoid(masks).clamp(min=-10).flatten(2).mT
+
+
+def corners(boxes):
+    """(..., 4) centre x, y, width, height -> left, top, right, bottom."""
+    middle, sides = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([middle - sides / 2, middle + sides / 2], -1)
+
+
+def box_overlap(a, b):
+    """IoU of boxes, and their generalized IoU (Rezatofighi et al., 2019), which also tells boxes apart that do not overlap.
+
+    a, b: (..., 4) left, top, right, bottom, of shapes that broadcast.  Returns two tensors (...).
+    """
+    shared = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
+    iou = shared / union.clamp(min=1e-9)
+    return iou, iou - (hull - union) / hull.clamp(min=1e-9)
+
+
 def overlaps(boxes):
     """IoU of all pairs of an image's boxes, 0 of a box with itself.  boxes: (B, K, 4) cxcywh.  Returns (B, K, K)."""
-    low, high = boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2
-    sides = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
-    shared, area = sides.clamp(min=0).prod(-1), boxes[..., 2:].prod(-1)
-    iou = shared / (area[:, :, None] + area[:, None] - shared).clamp(min=1e-9)
+    boxes = corners(boxes)
+    iou, _ = box_overlap(boxes[:, :, None], boxes[:, None])
     return iou * (1 - torch.eye(iou.shape[1], device=iou.device))
 
 
@@ -572,13 +645,16 @@ class DecoderLayer(nn.Module):
         self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = mlp(dim, 4)
 
-    def forward(self, centers, boxes, tokens, layout, center_mask=None, trace=None):
+    def forward(self, centers, boxes, tokens, layout, center_mask=None, trace=None, masks=None):
         """centers: (B, K, D).  boxes: (B, K, 4), where they are.  tokens: (B, H, W, D).
 
+        masks: log of the probability that a token is a center's, (B, N, K), as of mask_prior; None: only boxes are known.
         Returns the centers.
         """
         mask = None if layout.tokens is None else layout.tokens.flatten(1)
         prior = place_prior(boxes, layout)
+        if masks is not None:
+            prior = prior + masks
         centers, _ = self.cluster(self.norm(centers), tokens.flatten(1, 2), mask, center_mask, trace, prior)
         if trace is not None:
             trace[-1].update(size=tokens.shape[1:3], stage="decoder")
@@ -632,7 +708,7 @@ class DetectionHead(nn.Module):
 class SegmentationHead(nn.Module):
     """The mask of a center: where the pixels' embeddings point its way, and that is not far from its box.
 
-        masks = MLP(C) . P - 2 s min(remoteness, 8)      P: the finest map of the neck, seen once more with its neighbours
+        masks = MLP(C) . P - 2 s min(remoteness, 8)      P: MLP of the finest map of the neck
 
     s > 0, how much the box counts, is the center's own: a lot for one thing among its like, little for a sky.
 
@@ -644,7 +720,6 @@ class SegmentationHead(nn.Module):
     def __init__(self, dim, num_classes):
         super().__init__()
         self.classifier = nn.Linear(dim, num_classes)
-        self.neighbours = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.mlp = mlp(dim, TOKEN_RATIO)
         self.pixel = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
         self.center = perceptron(dim, dim)
@@ -652,11 +727,8 @@ class SegmentationHead(nn.Module):
         nn.init.zeros_(self.steepness.weight)
         nn.init.constant_(self.steepness.bias, math.log(0.25))
 
-    def embed(self, x, layout):
+    def embed(self, x):
         """Pixel embeddings (B, H, W, D) from the finest map (B, H, W, D); once for all layers."""
-        if layout.tokens is not None:
-            x = x * layout.tokens[..., None]
-        x = x + self.neighbours(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.pixel(x + self.mlp(x))
 
     def forward(self, centers, boxes, pixels, layout):
@@ -726,11 +798,15 @@ class Decoder(nn.Module):
         layout: of the pixels (B, H, W, D).
         """
         x = self.norm(centers)
-        output = dict(logits=self.classifier(x), boxes=self.detection(x, anchors))
+        output = dict(boxes=self.detection(x, anchors))
         if self.segmentation:
             boxes = output["boxes"].detach()
             output["masks"] = self.segmentation(x, boxes, pixels, layout)
-            output["logits"] = output["logits"] + self.outline(outlines(output["masks"].detach(), boxes, layout))
+            seen = outlines(output["masks"].detach(), boxes, layout)
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 scores of many centers would be equal
+            output["logits"] = self.classifier(x.to(self.classifier.weight.dtype))
+            if self.segmentation:
+                output["logits"] = output["logits"] + self.outline(seen.to(self.classifier.weight.dtype))
         if center_mask is not None:  # a center that an image has not got says nothing: probability e^-100
             output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
         return output
@@ -740,7 +816,7 @@ class Decoder(nn.Module):
 
         grid: layout of the map at stride 8, for the centers.  Returns the answers, a list.
         """
-        pixels = self.segmentation.embed(maps[0], layouts[0]) if self.segmentation else None
+        pixels = self.segmentation.embed(maps[0]) if self.segmentation else None
         finest, layouts, tokens = layouts[0], layouts[-3:], [self.token_norm(x) for x in maps[-3:]]
         centers = pool_centers(tokens[0], grid)
         centers = centers + self.center_ffn(centers)
@@ -748,7 +824,10 @@ class Decoder(nn.Module):
         answers = [self.answer(centers, boxes, pixels, finest, grid.centers)]
         for level, layer in zip(self.levels, self.layers):
             boxes = answers[-1]["boxes"].detach()  # a layer corrects what it is given, and is judged by that alone
-            centers = layer(centers, boxes, tokens[level - 1], layouts[level - 1], grid.centers, trace)
+            masks = None
+            if self.segmentation and len(answers) > 1:  # a mask means little before a center has seen anything
+                masks = mask_prior(answers[-1]["masks"].detach(), finest, 2**level)
+            centers = layer(centers, boxes, tokens[level - 1], layouts[level - 1], grid.centers, trace, masks)
             answers.append(self.answer(centers, boxes, pixels, finest, grid.centers))
         if self.training and self.segmentation:
             answers[-1]["pixels"] = self.segmentation.classifier(pixels).permute(0, 3, 1, 2)
@@ -790,7 +869,8 @@ def semantic_labels(probability, masks):
 
     probability: (K, classes).  masks: (K, H, W) logits.  Returns int64 (H, W).
     """
-    return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
+    with torch.autocast(masks.device.type, enabled=False):  # in bfloat16 sums of two classes would often be equal
+        return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
 
 
 def panoptic_segments(probability, masks, things, threshold=0.1, overlap=0.6):
@@ -860,7 +940,11 @@ class ClusterFormer(nn.Module):
         if things is not None and len(things) != num_classes:
             raise ValueError(f"things must have one entry for each of {num_classes} classes, got {len(things)}")
         self.task, self.num_classes = task, num_classes
-        self.things = [True] * num_classes if things is None else list(things)
+        # What a checkpoint has to know to build this model again.
+        self.arguments = dict(task=task, variant=variant, num_classes=num_classes, patch_size=patch_size, iterations=iterations)
+        self.arguments |= dict(drop_path=drop_path, things=None if things is None else [bool(thing) for thing in things])
+        things = [True] * num_classes if things is None else [bool(thing) for thing in things]
+        self.register_buffer("things", torch.tensor(things), persistent=False)
         size = VARIANTS[variant]
         self.backbone = Backbone(size["depths"], size["channels"], patch_size, iterations, drop_path)
         channels = self.backbone.channels
@@ -887,13 +971,13 @@ class ClusterFormer(nn.Module):
         """
         check_images(images)
         images, sizes = batch_images(images)
-        maps = [x.permute(0, 2, 3, 1) for x in self.backbone(images, sizes, trace)]  # (B, H, W, D)
-        map_sizes = [None if sizes is None else -(-sizes // stride) for stride in self.backbone.strides]
-        layouts = [layout_of(x.shape[1], x.shape[2], real, x.device) for x, real in zip(maps, map_sizes)]
+        maps, layouts = self.backbone.features(images, sizes, trace)  # (B, H, W, D) each
         if self.task == "cls":
             return {"logits": self.head(maps[-1], layouts[-1], trace)}
-        grid = layout_of(maps[1].shape[1], maps[1].shape[2], map_sizes[1], images.device, tokens_per_cell=1)
-        *earlier, last = self.decoder(self.neck(maps[self.levels]), layouts[self.levels], grid, trace)
+        real = None if sizes is None else -(-sizes // self.backbone.strides[1])
+        grid = layout_of(maps[1].shape[1], maps[1].shape[2], real, images.device, tokens_per_cell=1)
+        maps, layouts = maps[self.levels], layouts[self.levels]
+        *earlier, last = self.decoder(self.neck(maps, layouts), layouts, grid, trace)
         return last | {"aux": earlier}
 
     @torch.no_grad()
@@ -932,7 +1016,7 @@ class ClusterFormer(nn.Module):
             if self.task == "sem":
                 answers.append({"semantic": semantic_labels(probability, masks)})
             elif self.task == "pan":
-                ids, segments = panoptic_segments(probability, masks, self.things)
+                ids, segments = panoptic_segments(probability, masks, self.things.tolist())
                 answers.append({"panoptic": ids, "segments": segments})
             else:
                 boxes = output["boxes"][i].float()
@@ -945,10 +1029,8 @@ class ClusterFormer(nn.Module):
                     order = (scores * quality[centers]).argsort(descending=True)
                     scores, labels, centers = (scores * quality[centers])[order], labels[order], centers[order]
                     answer["masks"] = inside[centers]
-                low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
                 pixels = torch.tensor([size[1], size[0]] * 2, device=boxes.device)
-                corners = (torch.cat([low, high], 1).clamp(0, 1) * pixels)[centers]
-                answers.append({"scores": scores, "labels": labels, "boxes": corners} | answer)
+                answers.append({"scores": scores, "labels": labels, "boxes": corners(boxes[centers]).clamp(0, 1) * pixels} | answer)
         return answers
 
 
@@ -966,25 +1048,12 @@ def load_checkpoint(path, ema=True):
         raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
     if not isinstance(checkpoint, dict) or not {"model", "ema", "settings", "classes"} <= checkpoint.keys():
         raise ValueError(f"{path}: not a checkpoint of train.py: no model, ema, settings and classes in it")
-    settings, classes = checkpoint["settings"], checkpoint["classes"]
+    version = checkpoint.get("version", 1)  # the first one did not say so
+    if version != VERSION:
+        raise ValueError(f"{path}: its weights are of version {version} of the model, this is version {VERSION}; train anew")
     try:
-        model = ClusterFormer(
-            settings["task"],
-            settings["variant"],
-            len(classes),
-            patch_size=settings["patch_size"],
-            things=checkpoint.get("things"),
-        )
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    theirs, ours = checkpoint["ema" if ema else "model"], model.state_dict()
-    differences = [f"{name} is missing" for name in ours.keys() - theirs.keys()]
-    differences += [f"{name} is unknown" for name in theirs.keys() - ours.keys()]
-    for name in ours.keys() & theirs.keys():
-        if ours[name].shape != theirs[name].shape:
-            differences.append(f"{name} is {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
-    if differences:
-        what = f"a {settings['variant']} with {len(classes)} classes"
-        raise ValueError(f"{path}: its weights are not those of {what}: {', '.join(sorted(differences))}")
-    model.load_state_dict(theirs)
+        model = ClusterFormer(**checkpoint["arguments"])
+        model.load_state_dict(checkpoint["ema" if ema else "model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last is of weights that do not fit
+        raise ValueError(f"{path}: not a whole checkpoint of train.py ({' '.join(str(error).split())})") from error
     return model.eval(), checkpoint

@@ -6,6 +6,9 @@
     COCO          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments of any categories
     ADE20K        DIR/images/ and DIR/annotations/: label maps of any number of classes
 
+Files are read as they are found, from whatever tool: where their meaning is certain, they are read, in training as in
+evaluation; where it is not, check() ends the run with one line before the first step.
+
 Nothing here depends on how many processes or workers read: a sample and its augmentation are a function of
 (seed, epoch, index), the order of samples of (seed, epoch), mixup and cutmix of (seed, step).  A run can
 therefore be repeated, split over more devices, or taken up in the middle, and sees the same images.
@@ -20,14 +23,17 @@ import pickle
 import re
 import signal
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
@@ -41,6 +47,10 @@ MEAN_COLOUR = (0.485, 0.456, 0.406)  # ImageNet's; what erasing and rotation lea
 
 class InputError(ValueError):
     """Something about the user's files or flags; its message is one line: what is wrong, where, what to do."""
+
+
+class Unreadable(InputError):
+    """A file that is no image, or half of one.  Training can do without a few."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,12 +212,12 @@ class Shapes(Dataset):
         return image, [(category, mask) for category, mask in shown if mask.sum() >= VISIBLE], None
 
     def __getitem__(self, key):
-        """key: (epoch, index).  Returns the image, float32 (3, size, size) in [0, 1], and for cls its label, an int.
+        """key: (epoch, index).  Returns the image, uint8 (3, size, size), and for cls its label, an int.
 
         The other tasks' targets are described with the dense data sets below.
         """
         image, shown, label = self.scene(*key)
-        image = torch.from_numpy(image).float() / 255
+        image = torch.from_numpy(image)
         if self.task == "cls":
             return image, label
         if self.split == "val":
@@ -262,12 +272,19 @@ def seeded(*numbers):
 
 @contextlib.contextmanager
 def opened(path):
-    """A PIL image; whatever PIL raises for files that are no images, or half of one, becomes an InputError."""
+    """A PIL image; whatever PIL raises for files that are no images, or half of one, becomes Unreadable."""
     try:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        raise Unreadable(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def header_size(path):
+    """Height and width of an image as load_image gives it, without decoding its pixels."""
+    with opened(path) as image:
+        turned = Image.Image.getexif(image).get(0x0112) in range(5, 9)  # PNG's own getexif() decodes the image
+        return image.size if turned else image.size[::-1]
 
 
 def load_image(path):
@@ -282,23 +299,51 @@ def load_image(path):
 
 
 def train_transform(size, randaugment, erasing):
-    """PIL RGB -> float32 (3, size, size) in [0, 1].  randaugment: magnitude, 0 (none) to 30.  erasing: probability."""
+    """PIL RGB -> uint8 (3, size, size).  randaugment: magnitude, 0 (none) to 30.  erasing: probability."""
     steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+    fill = [round(255 * value) for value in MEAN_COLOUR]
     if randaugment:
-        fill = [round(255 * value) for value in MEAN_COLOUR]
-        steps.append(v2.RandAugment(2, randaugment, interpolation=InterpolationMode.BILINEAR, fill=fill))
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        operation = v2.RandAugment(1, randaugment, interpolation=InterpolationMode.BILINEAR, fill=fill)
+        steps += [v2.RandomApply([operation], 0.5)] * 2  # one operation on average, as in Swin's recipe, not always two
+    steps.append(v2.ToImage())
     if erasing:
-        steps.append(v2.RandomErasing(erasing, value=list(MEAN_COLOUR)))
+        steps.append(v2.RandomErasing(erasing, value=fill))
     return v2.Compose([*steps, v2.ToPureTensor()])
 
 
 def eval_transform(size):
-    """PIL RGB -> float32 (3, size, size) in [0, 1]: the central 7/8 of the short side, as is usual (224 of 256)."""
+    """PIL RGB -> uint8 (3, size, size): the central 7/8 of the short side, as is usual (224 of 256)."""
     resize = v2.Resize(round(size * 256 / 224), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose(
-        [resize, v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
-    )
+    return v2.Compose([resize, v2.CenterCrop(size), v2.ToImage(), v2.ToPureTensor()])
+
+
+def is_hidden(name):
+    """Whether a file or folder is one of those that systems and tools leave among a user's own."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
+def folder_of(root, split):
+    """DIR/train, or what there is of DIR/val, DIR/valid and DIR/validation; DIR/val if there is none."""
+    names = ("train",) if split == "train" else ("val", "valid", "validation")
+    there = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
+    if len(there) > 1:
+        raise InputError(f"{root}: {there[0]} and {there[1]} are both there; keep one of the two")
+    return there[0] if there else os.path.join(root, names[0])
+
+
+class ClassFolders(ImageFolder):
+    """ImageFolder without what is hidden."""
+
+    def __init__(self, root):
+        inside = len(os.path.join(root, ""))
+        hidden = lambda path: any(map(is_hidden, path[inside:].split(os.sep)))
+        super().__init__(root, is_valid_file=lambda path: is_image_file(path) and not hidden(path))
+
+    def find_classes(self, directory):
+        names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: label for label, name in enumerate(names)}
 
 
 class Folder(Dataset):
@@ -309,12 +354,12 @@ class Folder(Dataset):
     """
 
     def __init__(self, root, split, transform, seed=0, classes=None):
-        folder = os.path.join(root, split)
+        folder = folder_of(root, split)
         if not os.path.isdir(folder):
             missing = folder if os.path.isdir(root) else root
             raise InputError(f"{missing}: no such folder; --data takes DIR with DIR/train/<class>/, DIR/val/<class>/")
         try:
-            found = ImageFolder(folder)
+            found = ClassFolders(folder)
         except FileNotFoundError as error:
             raise InputError(f"{folder}: {error}".replace("\n", " ")) from error
         self.classes = found.classes if classes is None else list(classes)
@@ -327,7 +372,10 @@ class Folder(Dataset):
         # every worker process would end up with a copy of its own.
         self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
         self.labels = np.array([position[label] for _, label in found.samples])
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.surveyed = transform, seed, (Counter(), [])
+
+    def describe(self, total):
+        return [f"{len(self)} images, {len(self.classes)} classes"]
 
     def name(self, index):
         return os.fsdecode(self.paths[index])
@@ -336,7 +384,7 @@ class Folder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, key):
-        """key: (epoch, index).  Returns the image, float32 (3, size, size) in [0, 1], and its label, an int."""
+        """key: (epoch, index).  Returns the image, uint8 (3, size, size), and its label, an int."""
         image = load_image(self.name(key[1]))
         with seeded(self.seed, *key):
             return self.transform(image), int(self.labels[key[1]])
@@ -345,9 +393,9 @@ class Folder(Dataset):
 # ---------------------------------------------------------------------------------------------------------------
 # Dense data sets: every object, or every pixel, has a label
 # ---------------------------------------------------------------------------------------------------------------
-# In training data[epoch, index] is an image, float32 (3, H, W) in [0, 1], and what is in it, a dictionary:
+# In training data[epoch, index] is an image, uint8 (3, H, W), and what is in it, a dictionary:
 #
-#     labels  (n,) int64           class of each object (det, inst), segment (pan) or connected region of a class (sem)
+#     labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
 #     boxes   (n, 4) float32       centre x, centre y, width, height, in fractions of the image
 #     masks   (n, H, W) bool       det has none
 #
@@ -425,29 +473,47 @@ def training_sample(image, labels, boxes, masks, transform, crop):
     """Augments an image and what is in it.
 
     image: tv_tensors.Image.  labels: list of n ints.  boxes: BoundingBoxes (n, 4), or None where the masks say it all.
-    masks: (n, H, W) bool, or None.  transform: of torchvision.transforms.v2.  crop: pixels a side, at most; smaller
-    images stay whole, since the model knows padding from image.
+    masks: (n, H, W) bool, or None; or, where they do not overlap, one map as of positions(), which is faster to transform.
+    transform: of torchvision.transforms.v2.  crop: pixels a side, at most; smaller images stay whole, since the model knows
+    padding from image.
     Returns image and target as above.  What has less than a pixel left in the crop is dropped.
     """
-    parts = dict(labels=torch.tensor(labels, dtype=torch.int64))
+    parts = dict(labels=torch.tensor(list(labels), dtype=torch.int64))
     if boxes is not None:
         parts["boxes"] = boxes
     if masks is not None:
-        parts["masks"] = tv_tensors.Mask(masks.view(torch.uint8))  # bool is resized by way of float, nine times slower
+        # bool is resized by way of float, nine times slower than uint8
+        parts["masks"] = tv_tensors.Mask(masks.view(torch.uint8) if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
     height, width = image.shape[-2:]
     h, w = min(crop, height), min(crop, width)
     corner = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
     image = functional.crop(image, *corner, h, w)
     cropped = {k: functional.crop(v, *corner, h, w) if k != "labels" else v for k, v in parts.items()}
-    masks = cropped["masks"].as_subclass(torch.Tensor).view(torch.bool) if masks is not None else None
     boxes = cropped["boxes"].as_subclass(torch.Tensor) if boxes is not None else None
-    return as_pixels(image), target_of(cropped["labels"], boxes, masks, (h, w))
+    labels, image = cropped["labels"], image.as_subclass(torch.Tensor)
+    if masks is None:
+        return image, target_of(labels, boxes, None, (h, w))
+    cropped = cropped["masks"].as_subclass(torch.Tensor)
+    if masks.ndim == 3:
+        return image, target_of(labels, boxes, cropped.view(torch.bool), (h, w))
+    present = cropped.flatten().bincount(minlength=1)[1:].nonzero()[:, 0]
+    return image, target_of(labels[present], None, cropped == (present + 1).view(-1, 1, 1), (h, w))
 
 
-def as_pixels(image):
-    """uint8 -> float32 in [0, 1], a plain tensor."""
-    return functional.to_dtype(image, torch.float32, scale=True).as_subclass(torch.Tensor)
+def positions(values, numbers):
+    """Which of n numbers each pixel of a map (H, W) has: k for numbers[k - 1], 0 for none of them.
+
+    uint8, or int32 if there are many: both keep their values when they are resized to nearest pixels.
+    """
+    numbers, order = torch.tensor([-1, *numbers]).sort()  # -1: never in a map, but there is always one to be found
+    found = torch.searchsorted(numbers, values).clamp(max=len(numbers) - 1)
+    return torch.where(numbers[found] == values, order[found], 0).to(torch.uint8 if len(numbers) <= 256 else torch.int32)
+
+
+def as_float(images):
+    """uint8 images, in lists or alone -> float32 in [0, 1].  Done on the device: to it travels a quarter of the bytes."""
+    return [as_float(image) for image in images] if isinstance(images, list) else images.float() / 255
 
 
 def target_of(labels, boxes, masks, size):
@@ -466,7 +532,8 @@ def target_of(labels, boxes, masks, size):
 def by_regions(target):
     """Cuts the mask of each class into its connected regions, each a target of its own with the class as label.
 
-    Two chairs are easier to name one by one than as one mask: of the things of shapes, see README.  In evaluation a pixel
+    Two stars are easier to name one by one than as one mask: see README.  Label maps of files keep one mask a class, as the
+    models that the paper compares itself with do: their regions may be more than there are centers.  In evaluation a pixel
     gets the class of the largest sum over centers, to which it does not matter how many share a class.
     Regions are seen at stride 4, where what almost touches is one; what is smaller than 1/400 of the image stays with the
     largest region of its class.
@@ -480,7 +547,8 @@ def by_regions(target):
         spread = F.max_pool2d(number, 3, 1, 1) * seen
         if spread.equal(number):
             break
-        number = spread
+        # A number is also the name of a pixel of the region: what that pixel has by now is as high or higher.
+        number = F.pad(spread.flatten(1), (1, 0)).gather(1, spread.flatten(1).long()).view_as(spread)
     regions = []
     for label, of_class, mask in zip(labels, number.repeat_interleave(4, 1).repeat_interleave(4, 2), masks):
         of_class = of_class[: mask.shape[0], : mask.shape[1]]
@@ -492,59 +560,135 @@ def by_regions(target):
     return target_of(labels, None, masks, masks.shape[1:])
 
 
-def clip_box(bbox, size, where):
-    """COCO's [left, top, width, height] -> [left, top, right, bottom] inside of size (H, W); None if nothing is left."""
+def number(value):
+    """A number as files write it, 7, 7.0, "7" or "7.5" -> int if it is whole, float if not; None if it is no number."""
+    if isinstance(value, int):
+        return int(value)
     try:
-        left, top, width, height = map(float, bbox)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} has bbox {bbox}, which is not four numbers") from error
+        value = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(value) if value.is_integer() else value
+
+
+def identifier(value):
+    """An id as files write it: 7, 7.0 and "7" are 7; any other text is an id of its own, "07" too.  None if it is no id."""
+    whole = number(value)
+    if isinstance(value, str):
+        return whole if isinstance(whole, int) and str(whole) == value else value
+    return whole if isinstance(whole, int) else None
+
+
+def positive(value):
+    """A whole number above 0, or None."""
+    return number(value) if isinstance(number(value), int) and number(value) > 0 else None
+
+
+def flag(default):
+    """A reader of 0 and 1, true and false; what is null or not there is the default."""
+    return lambda value: default if value is None else number(value) if number(value) in (0, 1) else None
+
+
+def of_type(kind):
+    return lambda value: value if isinstance(value, kind) else None
+
+
+# What is used of the entries in COCO's files, and how to read it; nothing else of them has to be there.
+COCO_ENTRIES = {
+    "images": dict(id=identifier, file_name=of_type(str), width=positive, height=positive),
+    "categories": dict(id=identifier, name=of_type(str), isthing=flag(1)),
+    "instances": dict(image_id=identifier, category_id=identifier, bbox=of_type(list), iscrowd=flag(0)),
+    "panoptic": dict(image_id=identifier, file_name=of_type(str), segments_info=of_type(list)),
+    "segments_info": dict(id=positive, category_id=identifier, iscrowd=flag(0)),
+}
+
+
+def clean_entry(kind, entry, where):
+    """An entry of a COCO file with its values as COCO_ENTRIES reads them.  Raises InputError that names what is missing."""
+    entry = entry if isinstance(entry, dict) else {}
+    read = {key: reader(entry.get(key)) for key, reader in COCO_ENTRIES[kind].items()}
+    wrong = [key for key, value in read.items() if value is None]
+    if wrong:
+        raise InputError(f"{where} has no usable {', '.join(wrong)}; correct or remove the entry")
+    return entry | read
+
+
+def clean_box(bbox, where):
+    """COCO's [left, top, width, height], as numbers."""
+    numbers = [number(value) for value in bbox]
+    if len(numbers) != 4 or {None, math.inf, -math.inf} & {*numbers}:
+        raise InputError(f"{where} has bbox {bbox}, which is not four numbers; correct or remove it")
+    return numbers
+
+
+def clip_box(bbox, size):
+    """COCO's [left, top, width, height] -> [left, top, right, bottom] inside of size (H, W); None if nothing is left."""
+    left, top, width, height = map(float, bbox)
     box = [max(left, 0), max(top, 0), min(left + width, size[1]), min(top + height, size[0])]
     return box if box[2] > box[0] and box[3] > box[1] else None  # None for NaN, too: it is not greater than anything
 
 
-def check_mask(mask, size, where):
-    """COCO's segmentation as decode_mask takes it, empty if it has no inside.  To decode a million here takes minutes."""
+def runs_of(counts):
+    """COCO's run lengths as text -> as numbers, int64 (n,), with -1 in it if it is no such text.
+
+    A character has five bits, and one that says whether the number goes on; from the fourth on a number is what is added
+    to the one before the last.
+    """
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    last = codes & 32 == 0
+    if not len(codes) or not last[-1] or codes.min() < 0 or codes.max() > 63:
+        return np.array([-1])
+    first = np.flatnonzero(np.append(True, last[:-1]))
+    place = 5 * (np.arange(len(codes)) - first[np.cumsum(last) - last])
+    runs = np.add.reduceat((codes & 31) << place, first) - ((codes[last] & 16) << (place[last] + 1))  # a sign
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
+
+
+def clean_mask(mask, size, where):
+    """COCO's segmentation as rle_of takes it, empty if it has no inside."""
     if not mask:
-        raise InputError(f"{where} has no mask; --task det needs none")
+        return []
     if isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
-        return [polygon for polygon in mask if len(polygon) >= 6]  # pycocotools takes four numbers for a box
-    runs = mask.get("counts") if isinstance(mask, dict) and mask.get("size") == list(size) else None
-    whole = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
-    # pycocotools takes runs that end too early, and leaves in the rest whatever was in memory.
-    if isinstance(runs, str) or whole and sum(runs) == math.prod(size):
-        return mask
-    raise InputError(f"{where} has a mask that is neither polygons nor run lengths of size {list(size)}")
+        try:
+            polygons = [np.asarray(polygon, np.float64) for polygon in mask]
+        except (TypeError, ValueError):
+            polygons = [np.zeros((0, 0))]
+        if all(polygon.ndim == 1 for polygon in polygons):
+            # Fewer than three points have no inside, and pycocotools takes four numbers for a box.
+            whole = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()]
+            if any(np.abs(polygon).max() >= 1e5 for polygon in whole):  # it would be drawn in gigabytes
+                raise InputError(f"{where} has a polygon far outside of its image; correct or remove it")
+            return [polygon.tolist() for polygon in whole]
+    if isinstance(mask, dict) and isinstance(mask.get("size"), list) and [number(x) for x in mask["size"]] == list(size):
+        counts = mask.get("counts")
+        counts = [number(run) for run in counts] if isinstance(counts, list) else counts
+        runs = runs_of(counts).tolist() if isinstance(counts, str) else counts or [None]
+        # pycocotools takes runs that end too early, and leaves in the rest whatever was in memory.
+        if all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == math.prod(size):
+            return dict(size=list(size), counts=counts)
+    what = f"neither polygons nor run lengths of size {list(size)}"
+    raise InputError(f"{where} has a mask that is {what}; correct or remove it")
 
 
-def decode_mask(mask, size):
-    """A mask in any of COCO's three forms (polygons, RLE as numbers, RLE as text) -> uint8 (H, W)."""
+def rle_of(mask, size):
+    """A mask in any of COCO's three forms (polygons, RLE as numbers, RLE as text) -> RLE as text."""
     if isinstance(mask, list):
-        if not all(np.abs(polygon).max() < 1e5 for polygon in mask):  # NaN, or what would be drawn in gigabytes
-            raise ValueError("its polygons leave the plane")
-        mask = mask_utils.merge(mask_utils.frPyObjects(mask, *size))
-    elif isinstance(mask["counts"], list):
-        mask = mask_utils.frPyObjects(mask, *size)
-    mask = mask_utils.decode(mask)
-    if mask.max() > 1:
-        raise ValueError("its run lengths end too early")
-    return mask
+        return mask_utils.merge(mask_utils.frPyObjects(mask, *size))
+    return mask_utils.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
 
 
-# What is used of the entries in COCO's files, and its kind; nothing else of them has to be there.
-COCO_ENTRIES = {
-    "images": dict(id=(int, str), file_name=str, width=int, height=int),
-    "categories": dict(id=(int, str), name=str),
-    "instances": dict(image_id=(int, str), category_id=(int, str), bbox=list),
-    "panoptic": dict(image_id=(int, str), file_name=str, segments_info=list),
-    "segments_info": dict(id=int, category_id=(int, str)),
-}
+def locate(name, there, folder):
+    """The file that a COCO file calls `name`, as a path inside of `folder`, whose listing is `there`; None if it is not there.
 
-
-def check_entry(kind, entry, where):
-    keys = COCO_ENTRIES[kind].items()
-    wrong = [key for key, types in keys if not isinstance(entry, dict) or not isinstance(entry.get(key), types)]
-    if wrong:
-        raise InputError(f"{where} has no usable {', '.join(wrong)}")
+    Names that were written elsewhere have backslashes, or begin with folders that are not here: the longest end that is
+    here is meant.
+    """
+    parts = name.replace("\\", "/").split("/")
+    for end in [name] + ["/".join(parts[i:]) for i in range(len(parts))]:
+        # A listing answers at once: on a network drive, to ask for each of 118,000 files takes minutes.
+        if end in there or "/" in end and os.path.isfile(os.path.join(folder, end)):
+            return end
 
 
 class Coco(Dataset):
@@ -554,69 +698,77 @@ class Coco(Dataset):
     pan         DIR/annotations/panoptic_{train,val}2017.json: every pixel's segment, things and stuff, with the PNGs in
                 the folder panoptic_{train,val}2017 beside it or in DIR
 
-    Crowds are not trained on.  Boxes are clipped to their image; `dropped` objects had no area left.
+    or, for det and inst, the layout in which labeling tools export: DIR/{train,valid}/_annotations.coco.json, images beside.
+
+    Crowds are not trained on.  Boxes are clipped to their image; `dropped` objects have no area or, for inst, no mask.
+    classes: of the model, by whose names those of the file get their labels; None: those of the file.
     Raises InputError, a line that names file and entry, where files do not belong together.
     """
 
     def __init__(self, root, split, task, transform, crop=None, seed=0, classes=None):
-        self.task, self.transform, self.crop, self.seed = task, transform, crop, seed
+        self.task, self.transform, self.crop, self.seed, self.surveyed = task, transform, crop, seed, None
         self.kind = "panoptic" if task == "pan" else "instances"
+        self.find(root, split)
+        content = self.read()
+        parts = content["annotations"]
+        if task == "pan":
+            parts = [part for entry in parts for part in entry["segments_info"]]
+        self.choose_classes(content["categories"], parts, classes)
+        position = {number: label for label, number in enumerate(self.categories)}
+        images = sorted(content["images"], key=lambda image: image["id"])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+        entries = {number: [] for number in sizes}
+        self.check_files(images, "id", self.folder)
+        if task == "pan":
+            self.check_files(content["annotations"], "image_id", self.maps)
+        for entry in content["annotations"]:
+            if task == "pan":
+                entries[entry["image_id"]] = entry
+            elif not entry["iscrowd"]:
+                box = clip_box(entry["bbox"], sizes[entry["image_id"]])
+                mask = entry["segmentation"] if task == "inst" else None
+                entries[entry["image_id"]].append((position[entry["category_id"]], box, mask))
+        self.crowds = sum(part["iscrowd"] for part in parts)
+        self.objects = len(parts) - self.crowds
+        if not self.objects:
+            none = f": {self.dropped} objects have no mask; --task det needs none" if self.dropped and task == "inst" else ""
+            raise InputError(f"{self.path}: no usable annotation in it{none}")
+        self.images = Packed([(image["file_name"], image["id"], sizes[image["id"]]) for image in images])
+        self.entries = Packed([entries[image["id"]] for image in images])
+
+    def find(self, root, split):
+        """Finds the annotation file, `path`, the folder of images, and that of panoptic maps."""
         self.folder = os.path.join(root, f"{split}2017")
         self.path = os.path.join(root, "annotations", f"{self.kind}_{split}2017.json")
         instances = os.path.join(root, "annotations", f"instances_{split}2017.json")
-        if task == "pan" and os.path.exists(instances) and not os.path.exists(self.path):
-            raise InputError(f"{self.path}: not there, only {instances}, which --task det and --task inst read")
+        export = os.path.join(folder_of(root, split), "_annotations.coco.json")
+        self.exported = os.path.exists(export)
+        if self.task == "pan" and not os.path.exists(self.path):
+            other = next((path for path in (instances, export) if os.path.exists(path)), None)
+            if other:
+                raise InputError(f"{self.path}: not there, only {other}, which --task det and --task inst read")
+        elif self.exported and os.path.exists(self.path):
+            raise InputError(f"{root}: {export} and {self.path} are both there; keep one of the two")
+        elif self.exported:
+            self.folder, self.path = os.path.dirname(export), export
         for path in (root, self.folder, self.path):
             if not os.path.exists(path):
-                raise InputError(f"{path}: not there; --data takes DIR with DIR/{split}2017/ and DIR/annotations/")
-        if task == "pan":
+                takes = f"DIR/{split}2017/ and DIR/annotations/, or DIR/{'train' if split == 'train' else 'valid'}/ with "
+                raise InputError(f"{path}: not there; --data takes DIR with {takes}_annotations.coco.json")
+        if self.task == "pan":
             places = [self.path.removesuffix(".json"), os.path.join(root, f"panoptic_{split}2017")]
             self.maps = next((place for place in places if os.path.isdir(place)), None)
             if self.maps is None:
                 raise InputError(f"{places[0]}: no such folder of panoptic PNGs, nor {places[1]}")
-        content = self.read()
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.categories = [category["id"] for category in categories]
-        self.classes = [category["name"] for category in categories]
-        self.things = [bool(category.get("isthing", 1)) for category in categories]
-        if classes is not None and self.classes != list(classes):
-            raise InputError(f"{self.path}: its {len(self.classes)} categories are not the model's {len(classes)}")
-        position = {number: i for i, number in enumerate(self.categories)}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-        entries, self.dropped = {number: [] for number in sizes}, 0
-        if len(sizes) < len(images) or len(position) < len(categories):
-            raise InputError(f"{self.path}: two images, or two categories, have the same id")
-        self.check_files(images, "id", self.folder)
-        if task == "pan":
-            self.check_files(content["annotations"], "image_id", self.maps)
-        for number, entry in enumerate(content["annotations"]):
-            where = f"{self.path}: annotation {entry.get('id', entry.get('file_name', number))}"
-            if entry["image_id"] not in entries:
-                raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images")
-            for part in entry["segments_info"] if task == "pan" else [entry]:
-                if part["category_id"] not in position:
-                    raise InputError(f"{where} has category {part['category_id']}, which is not in its table")
-            if task == "pan":
-                entries[entry["image_id"]] = entry
-                continue
-            size = sizes[entry["image_id"]]
-            box = clip_box(entry["bbox"], size, where)
-            mask = check_mask(entry.get("segmentation"), size, where) if box and task == "inst" else None
-            if box is None or mask == []:
-                self.dropped += 1
-            elif not entry.get("iscrowd", 0):
-                entries[entry["image_id"]].append((position[entry["category_id"]], box, mask))
-        if not any(entry["segments_info"] if task == "pan" else entry for entry in entries.values() if entry):
-            raise InputError(f"{self.path}: no usable annotation in it")
-        self.images = Packed([(image["file_name"], image["id"], sizes[image["id"]]) for image in images])
-        self.entries = Packed([entries[image["id"]] for image in images])
 
     def read(self):
-        """The content of the annotation file, with everything in it that COCO_ENTRIES names."""
+        """The content of the annotation file, cleaned: what training and pycocotools' evaluation see is the same.
+
+        Of the annotations only those that can be learned or found are left; `dropped` counts the others.
+        """
         try:
-            with open(self.path) as file:
-                content = json.load(file)
+            with open(self.path, "rb") as file:
+                content = json.load(file)  # bytes: a byte order mark, and UTF-16, are recognized
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path}: not a readable JSON file ({error})") from error
         tables = dict(images="images", categories="categories", annotations=self.kind)
@@ -624,28 +776,112 @@ class Coco(Dataset):
         if missing:
             raise InputError(f"{self.path}: not in COCO's format, it has no {', '.join(missing)}")
         for table, kind in tables.items():
-            for number, entry in enumerate(content[table]):
-                check_entry(kind, entry, f"{self.path}: {table}[{number}]")
-                for part in entry["segments_info"] if kind == "panoptic" else []:
-                    check_entry("segments_info", part, f"{self.path}: a segment of {table}[{number}]")
+            where = f"{self.path}: {table}"
+            content[table] = [clean_entry(kind, entry, f"{where}[{i}]") for i, entry in enumerate(content[table])]
+        parts = content["annotations"]
+        if self.task == "pan":
+            for i, entry in enumerate(content["annotations"]):
+                where = f"{self.path}: a segment of annotations[{i}]"
+                entry["segments_info"] = [clean_entry("segments_info", part, where) for part in entry["segments_info"]]
+            parts = [part for entry in content["annotations"] for part in entry["segments_info"]]
+        # Ids are numbers or, if one of them is not, text: "7" and 7 never are two entries.
+        for table, key, users in (("images", "image_id", content["annotations"]), ("categories", "category_id", parts)):
+            if any(isinstance(entry["id"], str) for entry in content[table]):
+                for entry in content[table]:
+                    entry["id"] = str(entry["id"])
+                for user in users:
+                    user[key] = str(user[key])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        categories = {category["id"] for category in content["categories"]}
+        if len(sizes) < len(content["images"]) or len(categories) < len(content["categories"]):
+            raise InputError(f"{self.path}: two images, or two categories, have the same id; number them differently")
+        annotations = [self.clean(i, entry, sizes, categories) for i, entry in enumerate(content["annotations"])]
+        self.dropped = annotations.count(None)
+        content["annotations"] = [entry for entry in annotations if entry is not None]
+        if self.task == "pan":
+            counts = Counter(entry["image_id"] for entry in annotations)
+            twice = next((image for image, count in counts.items() if count > 1), None)
+            if twice is not None:
+                raise InputError(f"{self.path}: image {twice} has {counts[twice]} annotations; leave one of them")
         return content
 
+    def clean(self, index, entry, sizes, categories):
+        """An annotation whose references, box and mask are good; None if it has nothing to be seen."""
+        where = f"{self.path}: annotation {entry.get('id', entry.get('file_name', index))}"
+        if entry["image_id"] not in sizes:
+            raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images; add or remove one")
+        parts = entry["segments_info"] if self.task == "pan" else [entry]
+        for part in parts:
+            if part["category_id"] not in categories:
+                raise InputError(f"{where} has category {part['category_id']}, which is not in its table; add or remove one")
+        if self.task == "pan":
+            if len({part["id"] for part in parts}) < len(parts):
+                raise InputError(f"{where} has two segments with the same id; number them differently, as in its PNG")
+            return entry
+        size, bbox, area = sizes[entry["image_id"]], clean_box(entry["bbox"], where), entry.get("area")
+        known, mask = isinstance(area, (int, float)) and 0 <= area < math.inf, []
+        try:
+            if self.task == "inst" or not known:
+                mask = clean_mask(entry.get("segmentation"), size, where)
+        except InputError:
+            if self.task == "inst":
+                raise
+        pixels = int(mask_utils.area(rle_of(mask, size))) if mask else 0  # none outside of the image, or of a line
+        if not clip_box(bbox, size) or self.task == "inst" and not pixels:
+            return None
+        return entry | dict(bbox=bbox, segmentation=mask, area=area if known else pixels or math.prod(bbox[2:]))
+
+    def choose_classes(self, table, parts, classes):
+        """Sets classes, things, categories (the number in the file of each class), and those that are left out."""
+        used = {part["category_id"] for part in parts}
+        rows = sorted(table, key=lambda row: row["id"])
+        top = rows[-1]["id"] if rows else 0
+        others = [row for row in rows if row["id"] != 0]
+        if classes is None:  # tools put a name for all categories first, which no object has
+            above = [row.get("supercategory") for row in others]
+            left_out = [row for row in rows if row["id"] == 0 and (self.exported or row["name"] in above)]
+        else:
+            twins = {row["name"] for row in others}
+            left_out = [row for row in rows if row["name"] not in classes or row["id"] == 0 and row["name"] in twins]
+        left_out = [row for row in left_out if row["id"] not in used]
+        self.left_out = [row["name"] for row in left_out]
+        rows = [row for row in rows if row not in left_out]
+        self.classes = [row["name"] for row in rows]
+        if classes is not None and self.classes != list(classes):
+            strange = next((name for name in self.classes if name not in classes), None)
+            if strange is not None:
+                what = f"its category {strange} is none of the model's {len(classes)} classes"
+                raise InputError(f"{self.path}: {what}; name categories as for training")
+            of_name = {row["name"]: row for row in rows}
+            if len(of_name) < len(rows) or len(set(classes)) < len(classes):
+                raise InputError(f"{self.path}: two categories have the same name, so that classes cannot be told by name")
+            missing = [name for name in classes if name not in of_name]
+            if missing and self.task == "pan":
+                raise InputError(f"{self.path}: it has no category {missing[0]}, which the model is trained for")
+            # What the file does not know gets numbers that it does not use: those answers are saved, and not judged.
+            free = {name: f"{top} {i}" if isinstance(top, str) else top + 1 + i for i, name in enumerate(missing)}
+            rows = [of_name.get(name) or dict(id=free[name], name=name, isthing=1) for name in classes]
+            self.classes = list(classes)
+        self.categories = [row["id"] for row in rows]
+        self.things = [bool(row["isthing"]) for row in rows]
+
     def check_files(self, entries, number, folder):
-        there = set(os.listdir(folder))  # one listing: on a network drive, to ask for each of 118,000 takes minutes
+        """Every entry's file_name becomes that of the file in the folder."""
+        there, meant = set(os.listdir(folder)), {}
         for entry in entries:
             name = entry["file_name"]
-            if name not in there and not os.path.exists(os.path.join(folder, name)):  # in a folder of it
+            entry["file_name"] = found = locate(name, there, folder)
+            if found is None:
                 raise InputError(f"{self.path}: image {entry[number]}, {name}, is not in {folder}")
+            if meant.setdefault(found, name) != name:
+                raise InputError(f"{self.path}: {meant[found]} and {name} would both be {os.path.join(folder, found)}")
 
     def coco(self):
-        """The annotation file, crowds too, as pycocotools' evaluation takes it; what has no area nobody can find."""
+        """The annotations, crowds too, as pycocotools' evaluation takes them."""
         content = self.read()
-        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-        content["annotations"] = [e for e in content["annotations"] if clip_box(e["bbox"], sizes[e["image_id"]], self.path)]
+        content["categories"] = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
         for number, entry in enumerate(content["annotations"], 1):
             entry["id"] = number  # for pycocotools, to be matched with annotation 0 is to be matched with none
-            entry.setdefault("iscrowd", 0)  # users' own files often lack these two
-            entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
         return indexed(content)
 
     def segments(self, index):
@@ -653,16 +889,17 @@ class Coco(Dataset):
         name, number, size = self.images[index]
         entry = self.entries[index]
         if not entry:
-            raise InputError(f"{self.path}: image {number}, {name}, has no annotation")
+            raise InputError(f"{self.path}: image {number}, {name}, has no annotation; add one, or remove the image")
         path = os.path.join(self.maps, entry["file_name"])
-        rgb = np.asarray(load_image(path), np.int64)
-        ids = rgb @ [1, 256, 256**2]  # (H, W)
+        rgb = np.asarray(load_image(path), np.int32)
+        ids = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]  # (H, W)
         if ids.shape != size:
             raise InputError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, {name} has {size[1]} x {size[0]}")
-        unknown = set(np.unique(ids).tolist()) - {0} - {segment["id"] for segment in entry["segments_info"]}
-        if unknown:
-            raise InputError(f"{path}: segment {min(unknown)} has no entry in {self.path}")
-        return torch.from_numpy(ids), entry["segments_info"]
+        known = [segment["id"] for segment in entry["segments_info"]]
+        unknown = ids[~np.isin(ids, [0, *known])]
+        if len(unknown):
+            raise InputError(f"{path}: segment {unknown.min()} has no entry in {self.path}")
+        return torch.from_numpy(ids.astype(np.int64)), entry["segments_info"]
 
     def name(self, index):
         return os.path.join(self.folder, self.images[index][0])
@@ -673,38 +910,61 @@ class Coco(Dataset):
     def __getitem__(self, key):
         """key: (epoch, index).  See above."""
         epoch, index = key
-        name, number, size = self.images[index]
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(index))))
-        if tuple(image.shape[-2:]) != size:
-            found = f"{image.shape[2]} x {image.shape[1]}"
-            raise InputError(f"{name}: {found} pixels, {self.path} says {size[1]} x {size[0]}")
+        size = self.check_size(index, tuple(image.shape[-2:]))
         if self.crop is None:
-            return as_pixels(self.transform(image)), dict(index=index, size=size)
+            return self.transform(image).as_subclass(torch.Tensor), dict(index=index, size=size)
         boxes = masks = None
         if self.task == "pan":
             ids, segments = self.segments(index)
-            segments = [segment for segment in segments if not segment.get("iscrowd", 0)]
+            segments = [segment for segment in segments if not segment["iscrowd"]]
             labels = [self.categories.index(segment["category_id"]) for segment in segments]
-            masks = ids == torch.tensor([segment["id"] for segment in segments]).view(-1, 1, 1)
+            masks = positions(ids, [segment["id"] for segment in segments])
         else:
             labels, boxes, shapes = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
             boxes = box_tensor(boxes, size)
             if self.task == "inst":
-                masks = torch.zeros(len(shapes), *size, dtype=torch.bool)
+                masks = torch.zeros(len(shapes), *size, dtype=torch.uint8)
                 for mask, shape in zip(masks, shapes):
-                    try:
-                        mask[:] = torch.from_numpy(decode_mask(shape, size)) > 0
-                    except Exception as error:  # pycocotools raises just that
-                        raise InputError(f"{self.path}: a mask of image {number}, {name}, is broken ({error})") from error
+                    mask[:] = torch.from_numpy(mask_utils.decode(rle_of(shape, size)))
+                masks = masks.view(torch.bool)
         with seeded(self.seed, epoch, index):
             return training_sample(image, labels, boxes, masks, self.transform, self.crop)
+
+    def check_size(self, index, found):
+        """The size (H, W) of an image in the annotation file, if its own is the same."""
+        name, _, size = self.images[index]
+        if found != size:
+            raise InputError(f"{name}: {found[1]} x {found[0]} pixels, {self.path} says {size[1]} x {size[0]}")
+        return size
+
+    def check(self, index):
+        """What is counted of an image; raises InputError if image, map and annotations do not belong together."""
+        size = self.check_size(index, header_size(self.name(index)))
+        if self.task != "pan":
+            return Counter()
+        ids, segments = self.segments(index)
+        seen = set(ids.unique().tolist())
+        return Counter(pixels=math.prod(size), void=int((ids == 0).sum()), unseen=sum(s["id"] not in seen for s in segments))
+
+    def describe(self, total):
+        """Lines that say what was understood.  total: sum of what check() counts."""
+        what = "segments" if self.task == "pan" else "objects"
+        line = f"{len(self)} images, {len(self.classes)} classes, {self.objects} {what}, {self.crowds} crowds ignored"
+        dropped, nothing = self.dropped + total["unseen"], dict(det="area", inst="area or mask", pan="pixels")[self.task]
+        line += f", {dropped} {what} without {nothing} are left out" if dropped else ""
+        line += f", {total['void'] / total['pixels']:.1%} of the pixels void" if self.task == "pan" else ""
+        names = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
+        return [line] + [f"categories without annotations are left out: {names}"] * bool(names)
 
 
 class Ade(Dataset):
     """ADE20K's layout (ADEChallengeData2016) with any number of classes, for sem:
 
-    DIR/images/{training,validation}/*.jpg         DIR/annotations/{training,validation}/*.png, 0 where unlabelled
+    DIR/images/{training,validation}/*.jpg         DIR/annotations/{training,validation}/*.png, labels from 1, 0 is void
     DIR/objectInfo150.txt                          names, the last column after a tab; without it the classes are numbers
+
+    255 is void, too, where there are fewer classes.
     """
 
     def __init__(self, root, split, transform, crop=None, seed=0, classes=None):
@@ -714,46 +974,92 @@ class Ade(Dataset):
         for folder in (root, self.folder, self.maps):
             if not os.path.isdir(folder):
                 raise InputError(f"{folder}: no such folder; --data takes DIR with DIR/images/ and DIR/annotations/")
-        stems = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(self.folder)) if is_image_file(name)}
-        maps = set(os.listdir(self.maps))
-        missing = [name for stem, name in stems.items() if stem + ".png" not in maps]
-        if missing or not stems:
-            what = f"no label map of {missing[0]}" if missing else "no images"
-            raise InputError(f"{self.maps if missing else self.folder}: {what}")
-        self.names = np.array([os.fsencode(name) for name in stems.values()])
-        table = os.path.join(root, "objectInfo150.txt")
+        names = sorted(name for name in os.listdir(self.folder) if is_image_file(name) and not is_hidden(name))
+        maps, stems = set(os.listdir(self.maps)), {}
+        for name in names:
+            stem = os.path.splitext(name)[0]
+            if stem + ".png" not in maps:
+                raise InputError(f"{self.maps}: no label map of {name}")
+            if stems.setdefault(stem, name) != name:
+                raise InputError(f"{self.folder}: {stems[stem]} and {name} have the same label map; rename or remove one")
+        if not names:
+            raise InputError(f"{self.folder}: no images")
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.table, self.surveyed = os.path.join(root, "objectInfo150.txt"), None
         if classes is not None:
             self.classes = list(classes)
-        elif os.path.exists(table):
-            with open(table) as file:
-                self.classes = [line.rstrip("\n").split("\t")[-1].split(",")[0] for line in file][1:]
+        elif os.path.exists(self.table):
+            self.classes = self.read_table()
         else:
-            maps = tqdm(range(len(self)), f"no {table}: counting classes", disable=None)
-            self.classes = [str(i + 1) for i in range(max(map(self.highest, maps)))]
-        if not any(map(self.highest, range(len(self)))):  # unless something is wrong, this looks at one map
-            raise InputError(f"{self.maps}: not one labelled pixel in it")
-        if not self.classes:
-            raise InputError(f"{table}: no classes in it")
+            self.classes = self.count_classes()
         self.things, self.categories = [False] * len(self.classes), list(range(1, len(self.classes) + 1))
+        if not any(map(self.is_labeled, range(len(self)))):  # unless something is wrong, this looks at one map
+            total, faults = self.surveyed or survey(self.check, len(self), "looking for labels")
+            only = f"only the values {', '.join(map(str, sorted(total)))}; number classes from 1, 0 and 255 are void"
+            raise InputError(f"{self.maps}: not one labelled pixel in it, {only if total else faults[0][1]}")
+
+    def read_table(self):
+        """The names of the classes in objectInfo150.txt."""
+        try:
+            with open(self.table, encoding="utf-8-sig") as file:
+                rows = [line.strip("\n").split("\t") for line in file if line.strip()]
+        except ValueError as error:
+            raise InputError(f"{self.table}: not a text in UTF-8 ({error}); save it as one") from error
+        if rows and not rows[0][0].strip().isdigit():
+            rows = rows[1:]  # the titles of the columns
+        for number, row in enumerate(rows, 1):
+            if len(row) < 2 or not row[-1].strip() or row[0].strip() != str(number):
+                raise InputError(f"{self.table}: the row of class {number} is not its number, a tab, ..., a tab, its name")
+        if not rows:
+            raise InputError(f"{self.table}: no classes in it")
+        return [row[-1].split(",")[0].strip() for row in rows]
+
+    def count_classes(self):
+        """Names of classes of which nothing but the labels is known: their numbers."""
+        self.surveyed = survey(self.check, len(self), f"no {self.table}: counting classes")
+        labels = sorted(label for label in self.surveyed[0] if label > 0)
+        if labels[-1:] == [255] and 1 < len(labels) < 255:
+            labels.pop()  # the classes do not reach it
+        # Masks of 0 and 255, and of other shades of grey, are no numbers of classes.
+        if labels and labels[-1] > 10 * len(labels):
+            found = ", ".join(map(str, sorted(self.surveyed[0])[:5]))
+            raise InputError(
+                f"{self.maps}: the values {found} in it cannot be numbers of classes; number them 1, 2, 3, ..., "
+                f"with 0 and 255 for void, or name all classes in {self.table}"
+            )
+        return [str(label) for label in range(1, max(labels, default=0) + 1)]
 
     def read_map(self, index):
+        """Path and labels, int64 (H, W), as the file has them."""
         path = os.path.join(self.maps, os.path.splitext(os.fsdecode(self.names[index]))[0] + ".png")
         with opened(path) as image:
-            return path, torch.from_numpy(np.asarray(image).astype(np.int64))
+            halved = len(image.getbands()) > 1 and ";16" in str(image.tile)  # PIL drops the lower 8 of its 16 bits
+            pixels = np.asarray(image)
+            channels = pixels.reshape(*pixels.shape[:2], -1)[..., : len(image.getbands()) - ("A" in image.getbands())]
+        if halved or (channels != channels[..., :1]).any():
+            what = "16 bits a channel" if halved else "colours"
+            raise InputError(f"{path}: {what} in it; the data set has labels from 1, 0 where void, as grey or palette PNG")
+        return path, torch.from_numpy(channels[..., 0].astype(np.int64))
 
-    def highest(self, index):
-        """The largest label of a map; 0 if it cannot be read, which is told when its turn comes."""
+    def is_labeled(self, index):
+        """Whether a map has a class; one that cannot be read has none, which is told when its turn comes."""
         with contextlib.suppress(InputError):
-            return int(self.read_map(index)[1].max())
-        return 0
+            labels = self.read_map(index)[1]
+            return ((labels > 0) & (labels <= len(self.classes))).any().item()
+        return False
 
     def label_map(self, index):
-        """Classes of the pixels of an image, int64 (H, W), -1 where unlabelled."""
-        path, labels = self.read_map(index)
-        if labels.ndim != 2 or labels.max() > len(self.classes):
-            what = f"label {int(labels.max())}" if labels.ndim == 2 else "colours"
-            raise InputError(f"{path}: {what} in it, the data set has labels 0 to {len(self.classes)}")
-        return labels - 1
+        """Classes of the pixels of an image, int64 (H, W), -1 where void."""
+        return self.without_void(*self.read_map(index))
+
+    def without_void(self, path, labels):
+        """Labels of the file at path -> classes, -1 where void."""
+        if len(self.classes) < 255:
+            labels = labels.where(labels != 255, 0)
+        labels = labels - 1
+        if labels.max() >= len(self.classes):
+            raise InputError(f"{path}: label {int(labels.max()) + 1} in it, the data set has labels 0 to {len(self.classes)}")
+        return labels
 
     def name(self, index):
         return os.path.join(self.folder, os.fsdecode(self.names[index]))
@@ -761,29 +1067,103 @@ class Ade(Dataset):
     def __len__(self):
         return len(self.names)
 
+    def check_size(self, index, found, labels):
+        if found != tuple(labels.shape):
+            size = f"{labels.shape[1]} x {labels.shape[0]}"
+            raise InputError(f"{self.name(index)}: {found[1]} x {found[0]} pixels, its label map has {size}")
+
+    def check(self, index):
+        """How many pixels of a map have each value; raises InputError if it does not go with its image and the classes."""
+        path, labels = self.read_map(index)
+        self.check_size(index, header_size(self.name(index)), labels)
+        if hasattr(self, "classes"):
+            self.without_void(path, labels)
+        counts = labels.flatten().bincount()
+        return Counter({value: int(counts[value]) for value in counts.nonzero()[:, 0].tolist()})
+
+    def describe(self, total):
+        """Lines that say what was understood.  total: pixels of each value in the maps."""
+        share = lambda *values: f"{sum(total[value] for value in values) / total.total():.1%}"
+        void = [0] + [255] * (len(self.classes) < 255)
+        seen = sum(0 < value <= len(self.classes) for value in total.keys() - void)
+        line = f"{len(self)} images, {len(self.classes)} classes, of which {seen} occur, {share(*void)} of the pixels void"
+        lines = [f"{line} ({' and '.join(map(str, void))})"]
+        if 255 in void and total[0] and total[255]:
+            both = f"0 ({share(0)} of the pixels) and 255 ({share(255)}) are both void"
+            lines.append(f"{both}; if 0 is a class, add 1 to all labels but 255")
+        return lines
+
     def __getitem__(self, key):
         """key: (epoch, index).  See above."""
         epoch, index = key
-        path = self.name(index)
-        image = tv_tensors.Image(functional.pil_to_tensor(load_image(path)))
-        size = tuple(image.shape[-2:])
-        labels = self.label_map(index)
-        if tuple(labels.shape) != size:
-            found = f"{labels.shape[1]} x {labels.shape[0]}"
-            raise InputError(f"{path}: {size[1]} x {size[0]} pixels, its label map has {found}")
+        image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(index))))
+        size, labels = tuple(image.shape[-2:]), self.label_map(index)
+        self.check_size(index, size, labels)
         if self.crop is None:
-            return as_pixels(self.transform(image)), dict(index=index, size=size)
-        present = labels.unique()
-        present = present[present >= 0]
+            return self.transform(image).as_subclass(torch.Tensor), dict(index=index, size=size)
+        labels = (labels + 1).to(torch.uint8 if len(self.classes) < 256 else torch.int32)
         with seeded(self.seed, epoch, index):
-            masks = labels == present.view(-1, 1, 1)
-            image, target = training_sample(image, present.tolist(), None, masks, self.transform, self.crop)
-        return image, by_regions(target)
+            return training_sample(image, range(len(self.classes)), None, labels, self.transform, self.crop)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------
+def survey(function, count, title):
+    """Calls function(index), which returns a Counter, for all indices, on threads of all processes: PIL decodes in parallel.
+
+    Returns the sum of the counters and a list of (index, InputError) in order, the same on every process.
+    """
+
+    def call(index):
+        try:
+            return function(index), []
+        except InputError as error:
+            return Counter(), [(index, error)]
+
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, total, faults = range(rank, count, world_size), Counter(), []
+    with ThreadPoolExecutor() as pool:
+        for counts, fault in tqdm(pool.map(call, mine), title, len(mine), leave=False, disable=True if rank else None):
+            total.update(counts)
+            faults += fault
+    parts = [(total, faults)]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, (total, faults))
+    faults = [fault for _, faults in parts for fault in faults]
+    return sum((total for total, _ in parts), Counter()), sorted(faults, key=lambda fault: fault[0])
+
+
+def check(dataset, split):
+    """Reads all labels of a data set, and the headers of its images, and prints what was understood.
+
+    What is wrong with files, or could be taken for something else, shall be known before the first step and not hours later.
+    split: "training", where a few unreadable images are skipped as by SkipBroken, or "validation".
+    Raises InputError, the same on every process.
+    """
+    if isinstance(dataset, Shapes):
+        return
+    total, faults = dataset.surveyed or survey(dataset.check, len(dataset), f"checking {split} data")
+    spared = lambda error: split == "training" and isinstance(error, Unreadable)
+    broken = [error for _, error in faults if spared(error)]
+    wrong = [error for _, error in faults if not spared(error)]
+    if wrong:
+        raise InputError(f"{wrong[0]}" + (f"; {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""))
+    if len(broken) > spare(len(dataset)):
+        raise InputError(f"{len(broken)} of {len(dataset)} training images are broken, the last: {broken[-1]}")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for line in dataset.describe(total):
+            print(f"{split} data: {line}")
+        if broken:
+            print(f"{split} data: {len(broken)} images will be skipped, the first: {broken[0]}")
+
+
+def spare(length):
+    """How many of so many training images may be broken: 1 %, or ten if that is not all."""
+    return min(max(10, length // 100), length - 1)
+
+
 class SkipBroken(Dataset):
     """A training set that gives the next sample instead of one that cannot be read: a run of days goes on.
 
@@ -825,7 +1205,7 @@ class SkipBroken(Dataset):
                     print(f"skipped: {error}", file=sys.stderr)
                 self.broken[index] = True
                 count, length = int(self.broken.sum()), len(self)
-                if count > min(max(10, length // 100), length - 1):
+                if count > spare(length):
                     raise InputError(f"{count} of {length} training images are broken, the last: {error}") from error
                 index = (index + 1) % length
 
@@ -839,6 +1219,16 @@ def ignore_signals(worker):
     """For workers in training: they are needed until the step is finished, whoever asks to stop."""
     ignore_interrupts(worker)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Python ends them, so that the parent has to close its loader
+
+
+def loader_of(dataset, workers, device, **options):
+    """A DataLoader whose workers share the data set with their parent.
+
+    Linux can fork them.  From Python 3.14 on it no longer does so by itself, and each would hold a copy of all annotations.
+    """
+    context = "fork" if workers and sys.platform == "linux" else None
+    pin = device.type == "cuda"
+    return DataLoader(dataset, num_workers=workers, multiprocessing_context=context, pin_memory=pin, **options)
 
 
 class GlobalBatches(Sampler):

@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -39,9 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import tv_tensors
 from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import InterpolationMode
@@ -55,12 +54,15 @@ from data import (
     Folder,
     InputError,
     Shapes,
-    as_pixels,
+    as_float,
+    check,
     collate,
     dense_eval_transform,
     eval_transform,
     ignore_interrupts,
+    is_hidden,
     load_image,
+    loader_of,
     train_transform,
 )
 
@@ -78,7 +80,8 @@ def start_processes():
     else:
         device = torch.device("cpu")
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while one process runs COCO's evaluation, which takes longer than NCCL's ten minutes allow.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return rank, world_size, device
 
 
@@ -143,7 +146,9 @@ def coco_figures(truth, results, kind):
         coco.summarize()
     figures = {name: value if value >= 0 else math.nan for name, value in zip(COCO_FIGURES, coco.stats.tolist())}
     precision = torch.from_numpy(coco.eval["precision"][..., 0, -1])  # (IoU thresholds, recalls, classes)
-    return figures, precision.where(precision >= 0, math.nan).nanmean((0, 1)).tolist()
+    each = precision.where(precision >= 0, math.nan).nanmean((0, 1)).tolist()  # in the order of the categories' numbers
+    numbers = [category["id"] for category in truth.dataset["categories"]]
+    return figures, [each[sorted(numbers).index(number)] for number in numbers]
 
 
 def panoptic_counts(predicted, segments, truth, entries, category_class, num_classes):
@@ -279,7 +284,7 @@ def accuracy(model, batches, device):
     training = model.training
     model.eval()
     for images, labels in batches:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images, labels = as_float(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(images)["logits"]
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
@@ -354,14 +359,8 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
     together = None if task == "cls" else collate  # None: one tensor
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=keys,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        collate_fn=together,
-        worker_init_fn=ignore_interrupts,
+    loader = loader_of(
+        dataset, workers, device, batch_size=batch_size, sampler=keys, collate_fn=together, worker_init_fn=ignore_interrupts
     )
     bar = tqdm(loader, "evaluate", leave=False, disable=True if rank else None)
     if task == "cls":
@@ -371,7 +370,7 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
         os.makedirs(folder, exist_ok=True)
     kept = {}  # index of an image -> what is kept of it
     for images, targets in bar:
-        images = [image.to(device, non_blocking=True) for image in images]
+        images = as_float([image.to(device, non_blocking=True) for image in images])
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             predictions = model.predict(images, [tuple(target["size"]) for target in targets])
         for target, prediction in zip(targets, predictions):
@@ -660,17 +659,20 @@ def images_of(paths, task, size):
     """Pictures and folders of pictures -> a list of (name, image as the model takes it, size (H, W) in the file)."""
     files = []
     for path in paths:
-        inside = sorted(name for name in os.listdir(path) if is_image_file(name)) if os.path.isdir(path) else None
-        if inside == []:
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        inside = sorted(name for name in os.listdir(path) if is_image_file(name) and not is_hidden(name))
+        if not inside:
             raise InputError(f"{path}: no images in it")
-        files += [os.path.join(path, name) for name in inside] if inside else [path]
+        files += [os.path.join(path, name) for name in inside]
     for path in files:
         image = load_image(path)
         if task == "cls":
-            yield path, eval_transform(size)(image), image.size[::-1]
+            yield path, as_float(eval_transform(size)(image)), image.size[::-1]
         else:
             transform = dense_eval_transform(size, math.inf if task == "sem" else size * 1333 / 800)
-            yield path, as_pixels(transform(tv_tensors.Image(functional.pil_to_tensor(image)))), image.size[::-1]
+            yield path, as_float(transform(functional.pil_to_tensor(image))), image.size[::-1]
 
 
 def held_out(data, image_size, task, classes, count=8):
@@ -678,7 +680,7 @@ def held_out(data, image_size, task, classes, count=8):
     dataset = validation_set(data, image_size, task, classes)
     for index in range(min(count, len(dataset))):
         image, target = dataset[0, index]
-        yield dataset.name(index), image, tuple(image.shape[1:]) if task == "cls" else target["size"]
+        yield dataset.name(index), as_float(image), tuple(image.shape[1:]) if task == "cls" else target["size"]
 
 
 def draw(model, classes, items, out, clusters, chosen, device):
@@ -955,6 +957,7 @@ def main():
     dataset = validation_set(data, image_size, task, classes)
     if list(dataset.classes) != classes:
         raise InputError(f"{args.checkpoint} is trained for {len(classes)} classes that shapes do not have; give --data")
+    check(dataset, "validation")
     workers = default_workers() if args.workers is None else args.workers
     batch_size = args.batch_size or (128 if task == "cls" else 8)
     metrics = evaluate(model.to(device), dataset, device, batch_size, workers, save, args.per_class)

@@ -2,6 +2,7 @@
 """Facts about the method and its use, against references written here in NumPy.   pytest -q"""
 
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
@@ -66,6 +69,12 @@ def random_clustering(dim=12, heads=3, iterations=1, dtype=torch.float64):
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return module
+
+
+def state_of(model, classes, **settings):
+    """What of a checkpoint a model needs to be built again."""
+    weights = model.state_dict()
+    return dict(version=cf.VERSION, arguments=model.arguments, model=weights, ema=weights, settings=settings, classes=classes)
 
 
 def softmax(x, axis):
@@ -720,26 +729,69 @@ def test_every_target_is_given_the_center_that_answers_with_it(task):
     output = perfect_output(targets, task)
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in output if key != "aux"}
     torch.manual_seed(0)
-    image, layer, center, target, weight = train.match(outputs, targets, 4)
-    last = layer == 3
-    assert image[last].tolist() == [0, 0, 0, 2, 2] and center[last].tolist() == [0, 2, 4, 0, 2]
-    assert target[last].tolist() == [0, 1, 2, 3, 4] and (weight[last] == 1).all()
-    for l, times in enumerate((4, 4, 2, 1)):  # 12 centers are enough for 4 each of 3 targets, not for 6
-        assert Counter(target[layer == l].tolist())[0] == times
-        assert weight[(layer == l) & (target == 0)].sum() == pytest.approx(1)
-        assert len(set(zip(image[layer == l].tolist(), center[layer == l].tolist()))) == (layer == l).sum()
+    matches = train.match(outputs, targets, 4)
+    for n, limits, (layer, center, target, weight) in zip((3, 0, 2), ((2, 2, 2, 1), (), (3, 3, 2, 1)), matches):
+        last = layer == 3
+        assert center[last].tolist() == [0, 2, 4][:n] and target[last].tolist() == [0, 1, 2][:n] and (weight[last] == 1).all()
+        for l, times in enumerate(limits):  # at most half of the 12 centers have a target, whatever the layer allows
+            assert Counter(target[layer == l].tolist()) == dict.fromkeys(range(n), times)
+            assert weight[(layer == l) & (target == 0)].sum() == pytest.approx(1)
+            assert len(set(center[layer == l].tolist())) == n * times
 
 
-def test_an_image_of_more_objects_than_centers_does_not_end_the_training():
+def test_of_more_objects_than_centers_the_largest_are_trained():
     targets = some_targets("inst", (30, 2))
     model = random_dense("inst").train()
     output = model(torch.rand(2, 3, 32, 32))  # 4 x 4 tokens at stride 8: 16 centers
-    targets = [{k: v[..., :32, :32] if k == "masks" else v for k, v in target.items()} for target in targets]
+    areas = torch.arange(30).roll(7) + 1  # of the 30, the last 16 by area have the numbers 21 to 29 and 0 to 6
+    targets[0]["masks"] = (torch.arange(32 * 32).view(32, 32) < areas.view(-1, 1, 1))
+    targets[1]["masks"] = targets[1]["masks"][:, :32, :32]
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in KEYS["inst"] | {"logits"}}
-    image, layer, center, target, _ = train.match(outputs, targets, 4)
-    assert target[(image == 0) & (layer == 3)].tolist() == list(range(16))
-    assert target[(image == 1) & (layer == 3)].tolist() == [30, 31]  # counted through the batch all the same
+    (layer, _, target, _), (other, _, second, _) = train.match(outputs, targets, 4)
+    assert target[layer == 3].tolist() == areas.topk(16).indices.sort().values.tolist()
+    assert second[other == 3].tolist() == [0, 1]
     assert all(torch.isfinite(loss) for loss in train.dense_losses(output, targets, 4).values())
+
+
+def test_no_target_is_given_a_center_that_its_image_has_not_got():
+    images = [torch.rand(3, 38, 102), torch.rand(3, 256, 256)]  # 5 x 10 centers beside 10 x 10
+    model, targets = random_dense("det").train(), some_targets("det", (12, 1))
+    output = model(images)
+    absent = output["logits"][0, :, 0] <= -100
+    assert absent.sum() == 50
+    for layer in [*output["aux"], output]:
+        (_, center, _, _), _ = train.match({key: layer[key][:, None] for key in ("logits", "boxes")}, targets, 4)
+        assert len(center) == 12 and not absent[center].any()
+    alone = model(images[:1])  # label losses of the first image do not depend on the second
+    both = [train.dense_losses(answers, targets[:1], 4)["label"] for answers in
+            (alone, {k: v[:1] if k != "aux" else [{j: w[:1] for j, w in a.items()} for a in v] for k, v in output.items()})]
+    torch.testing.assert_close(both[1], both[0], rtol=0.02, atol=0)
+
+
+def test_a_target_never_has_so_many_centers_that_most_have_one():
+    assert train.repeats(7, 100, 1) == [6, 4, 2, 1, 1, 1, 1] and train.repeats(4, 100, 10) == [5, 4, 2, 1]
+    assert train.repeats(4, 100, 16) == [3, 3, 2, 1] and train.repeats(4, 100, 60) == [1, 1, 1, 1] == train.repeats(4, 16, 0)[3:] * 4
+
+
+def test_masks_are_compared_at_12544_points_from_512_pixels_on():
+    counts = {side: train.points_of(torch.empty(1, side // 4, side // 4)) for side in (96, 256, 508, 512, 1024)}
+    assert counts == {96: 144, 256: 1024, 508: 4032, 512: 12_544, 1024: 12_544}
+
+
+def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
+    torch.manual_seed(0)
+    targets = some_targets("pan", (3,))
+    targets[0]["labels"] = torch.tensor([0, 3, 4])  # of five classes the last two are stuff
+    output = perfect_output(targets, "pan") | {"aux": []}
+    things = torch.tensor([True, True, True, False, False])
+    moved = output | {"boxes": output["boxes"].detach().clone()}
+    moved["boxes"][0, [2, 4]] = torch.tensor([0.9, 0.9, 0.1, 0.1])  # centers of the second and the third target
+    losses, free = (train.dense_losses(answers, targets, 4, things) for answers in (output, moved))
+    assert train.dense_losses(moved, targets, 4)["l1"] > 1
+    assert free["l1"] == losses["l1"] < 0.01 and free["giou"] == losses["giou"] < 0.01
+    outputs = {key: moved[key][:, None] for key in ("logits", "boxes", "masks")}
+    ((_, center, target, _),) = train.match(outputs, targets, 4, things)
+    assert center.tolist() == [0, 2, 4] and target.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("task", DENSE)
@@ -813,7 +865,7 @@ def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
 def test_points_are_drawn_where_a_mask_is_uncertain():
     masks = torch.linspace(8, -8, 16).repeat(1, 16, 1)  # the border is at x = 32 of 64 pixels
     torch.manual_seed(0)
-    points = train.uncertain_points(masks, 400, (64, 64), (64, 64))
+    points = train.uncertain_points(masks, 400, (1.0, 1.0)) * 64
     assert points.shape == (1, 400, 2) and 0 <= points.min() and points.max() < 64
     near = ((points[..., 0] - 32).abs() < 12).float().mean()
     assert near > 0.75  # evenly drawn, 24 of 64 would be
@@ -826,6 +878,7 @@ def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
     monkeypatch.setitem(cf.VARIANTS, "nano", small)
     shapes = data.Shapes(100, 64, 0, "train", task)
     images, targets = data.collate([shapes[0, i] for i in (1, 2)])
+    images = data.as_float(images)
     model = cf.ClusterFormer(task, "nano", len(shapes.classes), things=shapes.things).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for step in range(120):
@@ -851,6 +904,113 @@ def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# What a GPU would refuse, or wait for
+# ---------------------------------------------------------------------------------------------------------------
+def one_task(task, sizes, targets):
+    """A model, images of these sizes, and what is in them: nothing, or three objects and one in turn."""
+    model = random_model() if task == "cls" else random_dense(task)
+    images = [torch.rand(3, *size) for size in sizes]
+    if task == "cls":
+        return model, torch.stack(images) if len(set(sizes)) == 1 else images, torch.tensor([3, 1])
+    found = some_targets(task, [3, 1] * (len(sizes) // 2) if targets else [0] * len(sizes), 64)
+    for target, (height, width) in zip(found, sizes):
+        if "masks" in target:
+            target["masks"] = F.pad(target["masks"], (0, 64, 0, 64))[:, :height, :width]
+    return model, images, found
+
+
+class InMemory:
+    """What evaluation asks of a data set, of scenes drawn before."""
+
+    def __init__(self, task, size):
+        shapes = data.Shapes(2, size, 0, "val", task)
+        self.classes, self.things, self.categories = shapes.classes[:5], shapes.things[:5], shapes.categories
+        self.maps = [shapes.label_map(i).clamp(max=4) for i in range(2)]
+        self.label_map = lambda index: self.maps[index]
+        self.tables = [(labels + 1, [dict(id=i + 1, category_id=i + 1, iscrowd=0) for i in range(5)]) for labels in self.maps]
+        self.segments = lambda index: self.tables[index]
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize("second", [(64, 64), (96, 128), (61, 62)])  # equal, unequal, unequal in pixels but not in tokens
+def test_every_tensor_is_made_on_the_device_of_the_images(task, second, targets):
+    """Whatever is made without a device is made on "meta" here, and its first use beside the images raises an error."""
+    model, images, found = one_task(task, ((64, 64), second), targets)
+    truth = InMemory(task, 64)
+    with torch.device("meta"):
+        losses = train.losses_of(model, model.train()(images), found, 0.1)
+        sum(losses.values()).backward()
+        model.eval()(images)
+        predictions = model.predict(images, [(64, 64), (64, 64)])
+        if task == "cls" and second == (64, 64):
+            evaluation.accuracy(model, [(images, found)], torch.device("cpu"))
+        for index, prediction in enumerate(predictions if task != "cls" else []):
+            evaluation.judge(truth, task, index, prediction, None)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_for_cuda_all_dtypes_agree(task, training):
+    """Tensors that only say that they are on a GPU: nothing is computed, but a product of two dtypes is refused all the same."""
+    model, images, _ = one_task(task, ((64, 64), (64, 64)), False)
+    dtypes = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with FakeTensorMode():
+        fake = lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=x.requires_grad)
+        weights = {name: fake(x) for name, x in itertools.chain(model.named_parameters(), model.named_buffers())}
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast("cuda") would turn itself off where there is no GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            output = torch.func.functional_call(model.train(training), weights, torch.rand(2, 3, 64, 64, device="cuda"))
+        finally:
+            torch.set_autocast_enabled("cuda", dtypes[0])
+            torch.set_autocast_dtype("cuda", dtypes[1])
+    for answer in [output, *output.get("aux", [])]:
+        assert all(value.device.type == "cuda" for key, value in answer.items() if key != "aux")
+        assert answer["logits"].dtype == torch.float32 and answer.get("boxes", answer["logits"]).dtype == torch.float32
+        assert "masks" not in answer or answer["masks"].dtype == torch.bfloat16  # so that autocast was really on
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: copies to the host, numbers that Python asks for, sizes that depend on
+    values, and numbers of Python that become tensors beside others."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = Counter()
+        for name in ("cpu", "new_tensor", "tolist"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
+
+    def counted(self, name, original):
+        def method(*arguments, **options):
+            self.count[name] += 1
+            return original(*arguments, **options)
+
+        return method
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "masked_select", "_unique2", "nonzero"):
+            self.count[name] += 1
+        if name.startswith(("index", "_index")) and any(getattr(i, "dtype", None) == torch.bool for i in args[1] or ()):
+            self.count["index by a mask"] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_losses_of_inst_wait_for_a_gpu_once(count, monkeypatch):
+    """For the costs of matching, whatever the number of images; a training step waits once more, for its losses in the log."""
+    model, images, found = one_task("inst", ((64, 64), (96, 80), (64, 96), (70, 64))[:count], True)
+    waits = Waits(monkeypatch)
+    with waits:
+        losses = train.losses_of(model, model.train()(images), found, 0.0)
+        sum(losses.values()).backward()
+    layouts = 5  # of four maps and the centers' grid, whose sizes are the host's own: to list them is no wait
+    assert waits.count == {"cpu": 1, "tolist": layouts}
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------
 def test_shapes_are_a_function_of_seed_epoch_and_index():
@@ -858,7 +1018,8 @@ def test_shapes_are_a_function_of_seed_epoch_and_index():
     image, label = shapes[2, 7]
     again, same_label = data.Shapes(100, 64, seed=3, split="train")[2, 7]
     assert torch.equal(image, again) and label == same_label
-    assert image.dtype == torch.float32 and image.shape == (3, 64, 64) and 0 <= image.min() and image.max() <= 1
+    assert image.dtype == torch.uint8 and image.shape == (3, 64, 64)
+    assert torch.equal(data.as_float(image), image / 255) and data.as_float([image])[0].dtype == torch.float32
     for other in (shapes[2, 8], shapes[3, 7], data.Shapes(100, 64, seed=4, split="train")[2, 7]):
         assert not torch.equal(image, other[0])
     held_out = data.Shapes(100, 64, seed=3, split="val")[0, 7][0]
@@ -881,6 +1042,7 @@ def test_the_label_of_shapes_is_the_class_of_the_largest_thing():
 def test_colour_and_brightness_say_nothing_about_the_class():
     shapes = data.Shapes(3000, 64, seed=0, split="train")
     images, labels = zip(*[shapes[0, i] for i in range(3000)])
+    images = data.as_float(list(images))
     features = torch.stack([torch.cat([x[:, 16:48, 16:48].mean((1, 2)), x.mean((1, 2)), x.std((1, 2))]) for x in images])
     features = torch.cat([features, torch.ones(3000, 1)], 1)
     labels = torch.tensor(labels)
@@ -958,6 +1120,23 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_on_any_number_of_wor
     assert torch.equal(undisturbed, torch.rand(3))
 
 
+def test_randaugment_applies_each_of_two_operations_to_half_of_the_images():
+    image, same = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), 0
+    plain, augmented = data.train_transform(32, 0, 0), data.train_transform(32, 27, 0)
+    for seed in range(300):
+        with data.seeded(seed):
+            expected = plain(image)
+        with data.seeded(seed):
+            same += torch.equal(augmented(image), expected)
+    assert 0.2 < same / 300 < 0.45  # neither is drawn for a quarter, and one of the 14 operations is to do nothing
+
+
+def test_erased_rectangles_have_the_mean_color():
+    with data.seeded(0):
+        image = data.train_transform(32, 0, 1.0)(Image.new("RGB", (40, 40), "white"))
+    assert image.dtype == torch.uint8 and image.flatten(1).unique(dim=1).T.tolist() == [[124, 116, 104], [255, 255, 255]]
+
+
 def test_images_of_every_kind_are_read_rightly(tmp_path):
     rgb = np.zeros((40, 60, 3), np.uint8)
     rgb[:20], rgb[20:, :30], rgb[20:, 30:] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
@@ -1029,7 +1208,7 @@ def test_coco_annotations_of_every_form_are_read_rightly(tmp_path):
     assert coco.classes == ["boat", "kite"] and coco.categories == [7, 90] and len(coco) == 2
     assert coco.dropped == 1  # the one of no area; the crowd is no training target either
     image, target = coco[0, 1]  # images in the order of their numbers
-    assert image.shape == (3, 40, 60) and image.sub(100 / 255).abs().max() < 1e-6
+    assert image.shape == (3, 40, 60) and image.dtype == torch.uint8 and (image == 100).all()
     expected = [rectangle(5, 10, 15, 30), rectangle(20, 40, 35, 50), rectangle(0, 50, 10, 60)]
     assert target["labels"].tolist() == [1, 0, 0] and np.array_equal(target["masks"].numpy(), expected)
     boxes = torch.tensor([[20, 10, 20, 10], [45, 27.5, 10, 15], [55, 5, 10, 10]]) / torch.tensor([60, 40, 60, 40])
@@ -1201,7 +1380,7 @@ def refusal(read):
         (edit_json(lambda c: c["annotations"][1].update(category_id=8)), "annotation 1 has category 8"),
         (edit_json(lambda c: c["annotations"][1].update(image_id=8)), "annotation 1 is of image 8"),
         (edit_json(lambda c: c.update(annotations=c["annotations"][2:3])), "no usable annotation"),
-        (edit_json(lambda c: c["annotations"][0].pop("segmentation")), "annotation 0 has no mask; --task det needs none"),
+        (edit_json(lambda c: [a.pop("segmentation") for a in c["annotations"]]), "no usable annotation in it: 5 objects have no mask"),
         (lambda root: Image.new("RGB", (61, 40)).save(root / "train2017" / "a.png"), "a.png: 61 x 40 pixels"),
     ],
 )
@@ -1285,7 +1464,7 @@ def test_jitter_draws_its_factors_evenly_and_keeps_boxes_on_their_masks():
             image_, target = data.training_sample(image, [0], data.box_tensor([[30, 20, 120, 70]], (100, 150)), None, jitter, 2000)
         factors.append(max(image_.shape) / 600)
         x, y, w, h = (target["boxes"][0] * torch.tensor([*image_.shape[:0:-1]] * 2)).tolist()
-        bright = (image_[0] > 0.5).nonzero()
+        bright = (image_[0] > 127).nonzero()
         (top, left), (bottom, right) = bright.min(0).values.tolist(), (bright.max(0).values + 1).tolist()
         np.testing.assert_allclose([x - w / 2, y - h / 2, x + w / 2, y + h / 2], [left, top, right, bottom], atol=0.6)
     assert min(factors) < 0.15 and max(factors) > 1.95 and abs(np.mean(factors) - 1.05) < 0.1
@@ -1302,6 +1481,22 @@ def test_colours_change_for_label_maps_and_the_labels_do_not(tmp_path):
         assert target["labels"].tolist() == [0, 1, 2] and (target["masks"].sum(0) <= 1).all()
         torch.testing.assert_close(target["masks"].float().mean((1, 2)), shares, atol=0.05, rtol=0)
         assert torch.equal(image, coloured[epoch, 0][0]) and not torch.equal(image, coloured[epoch + 1, 0][0])
+
+
+@pytest.mark.parametrize("count", [1, 20, 300])
+def test_a_map_that_is_augmented_once_gives_the_masks_that_are_augmented_one_by_one(count):
+    rng = np.random.default_rng(count)
+    numbers = (rng.choice(2**24 - 1, count, replace=False) + 1).tolist()
+    ids = torch.from_numpy(np.array([0, *numbers])[np.kron(rng.integers(0, count + 1, (20, 30)), np.ones((4, 4), int))])
+    image, labels = tv_tensors.Image(torch.zeros(3, 80, 120, dtype=torch.uint8)), rng.integers(0, 9, count).tolist()
+    once, each = data.positions(ids, numbers), ids == torch.tensor(numbers).view(-1, 1, 1)
+    for task in ("pan", "sem"):
+        for index in range(5):
+            targets = []
+            for masks in (once, each):
+                with data.seeded(index):
+                    targets.append(data.training_sample(image, labels, None, masks, data.dense_train_transform(task, 64), 64)[1])
+            assert all(torch.equal(targets[0][name], targets[1][name]) for name in ("labels", "boxes", "masks"))
 
 
 def test_an_image_without_objects_is_augmented_like_any_other(tmp_path):
@@ -1396,14 +1591,14 @@ def test_many_broken_images_are_an_error(folder):
         (edit_json(lambda c: c["annotations"][1].update(bbox=[1, 2, 3])), "annotation 1 has bbox [1, 2, 3], which is not four"),
         (edit_json(lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None])), "annotation 1 has bbox [1, 2, 3, None]"),
         (edit_json(lambda c: c["images"][1].pop("file_name")), "images[1] has no usable file_name"),
-        (edit_json(lambda c: c["images"][1].update(height="40")), "images[1] has no usable height"),
+        (edit_json(lambda c: c["images"][1].update(height="tall")), "images[1] has no usable height"),
         (edit_json(lambda c: c["images"][1].update(id=5)), "two images, or two categories, have the same id"),
         (edit_json(lambda c: c["categories"][1].pop("name")), "categories[1] has no usable name"),
         (edit_json(lambda c: c["annotations"][1]["segmentation"].update(size=[60, 40])), "annotation 1 has a mask that is neither"),
         (edit_json(lambda c: c["annotations"][1]["segmentation"].update(counts=[7, 9])), "annotation 1 has a mask that is neither"),
         (edit_json(lambda c: c["annotations"][1].update(segmentation=[1, 2, 3, 4, 5, 6])), "annotation 1 has a mask that is neither"),
-        (edit_json(lambda c: c["annotations"][0].update(segmentation=[[math.nan] * 6])), "a mask of image 5, a.png, is broken"),
-        (edit_json(lambda c: c["annotations"][0].update(segmentation=[["x"] * 6])), "a mask of image 5, a.png, is broken"),
+        (edit_json(lambda c: c["annotations"][0].update(segmentation=[["x"] * 6])), "annotation 0 has a mask that is neither"),
+        (edit_json(lambda c: c["annotations"][0].update(segmentation=[[0, 0, 9, 0, 9, 1e9]])), "annotation 0 has a polygon far outside"),
     ],
 )
 def test_one_line_says_which_entry_of_a_coco_file_is_wrong(tmp_path, damage, complaint):
@@ -1449,7 +1644,7 @@ def test_panoptic_training_on_instances_alone_is_refused(tmp_path):
     [
         (lambda maps: [Image.new("L", (60, 40)).save(path) for path in maps.iterdir()], "not one labelled pixel"),
         (lambda maps: [path.write_bytes(b"") for path in maps.iterdir()], "not one labelled pixel"),
-        (lambda maps: Image.new("RGB", (60, 40)).save(maps / "b.png"), "b.png: colours in it"),
+        (lambda maps: Image.new("RGB", (60, 40), "red").save(maps / "b.png"), "b.png: colours in it"),
         (lambda maps: (maps.parents[1] / "objectInfo150.txt").write_text(""), "objectInfo150.txt: no classes in it"),
     ],
 )
@@ -1575,6 +1770,487 @@ def test_semantic_figures_are_those_counted_pixel_by_pixel():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Files of other people: what is certain is read, the same in training and in evaluation; what is not is refused in a line
+# ---------------------------------------------------------------------------------------------------------------
+LEFT = [[40, 20, 50, 20, 50, 35, 40, 35]]  # the polygon of object 1
+
+
+def edit_both(root, change):
+    """A change of the annotation files of both splits; the images of both differ, so that an Oracle can tell them apart."""
+    for split in ("train", "val"):
+        write_coco(root, split)
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(root / f"{split}2017" / "b.png")
+        path = root / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+
+def read_both(root, task="inst"):
+    """The data set of training, as main() of train.py makes it, but for the augmentation; that of evaluation."""
+    train_set = data.Coco(root, "train", task, AS_IT_IS, crop=1000)
+    val_set = data.Coco(root, "val", task, v2.Resize(20), classes=train_set.classes)
+    for dataset, split in ((train_set, "training"), (val_set, "validation")):
+        data.check(dataset, split)
+    return train_set, val_set
+
+
+def every_object(**entry):
+    return lambda c: [e.update(entry) for e in c["annotations"] if not e["iscrowd"]]
+
+
+def one_object(**entry):
+    return lambda c: c["annotations"][1].update(entry)
+
+
+def as_text(c):
+    for e in c["annotations"]:
+        e["bbox"] = [str(x) for x in e["bbox"]]
+
+
+def as_floats(c):
+    for table, keys in (("images", ("id", "width", "height")), ("categories", ("id",)), ("annotations", ("image_id", "category_id"))):
+        for e in c[table]:
+            e.update({key: float(e[key]) for key in keys})
+
+
+def ids_as_text(c):
+    for e in c["images"] + c["categories"]:
+        e["id"] = str(e["id"])  # and the annotations have numbers
+
+
+def ids_of_words(c):
+    for e in c["images"]:
+        e["id"] = {5: "5", 3: "night"}[e["id"]]
+
+
+EVERY = [0, 1, 3]  # objects of write_coco() that are neither crowds nor without area
+
+
+@pytest.mark.parametrize("change, objects, area", [
+    pytest.param(every_object(iscrowd=None), EVERY, 1, id="iscrowd-null"),
+    pytest.param(every_object(iscrowd="0"), EVERY, 1, id="iscrowd-text"),
+    pytest.param(lambda c: c["annotations"][2].update(iscrowd=True), EVERY, 1, id="iscrowd-true"),
+    pytest.param(every_object(area=None), EVERY, 150, id="area-null"),
+    pytest.param(every_object(area="large"), EVERY, 150, id="area-text"),
+    pytest.param(every_object(area=math.nan), EVERY, 150, id="area-nan"),
+    pytest.param(as_text, EVERY, 1, id="bbox-text"),
+    pytest.param(one_object(segmentation=[[40, 20, 50, 35]]), [0, 3], None, id="polygon-of-two-points"),
+    pytest.param(one_object(segmentation=[[40, 20, 50, 35], *LEFT]), EVERY, 1, id="polygon-of-two-points-beside-a-good-one"),
+    pytest.param(one_object(segmentation=[[1, 1, 9, 1, 9, 9, 4], *LEFT]), EVERY, 1, id="polygon-of-seven-numbers"),
+    pytest.param(one_object(segmentation=[[99, 9, 120, 9, 120, 30]]), [0, 3], None, id="polygon-outside"),
+    pytest.param(one_object(segmentation=[[4, 9, 5, 9, 4, 9]]), [0, 3], None, id="polygon-that-is-a-line"),
+    pytest.param(one_object(segmentation=dict(size=[40, 60], counts=[2400])), [0, 3], None, id="mask-without-pixels"),
+    pytest.param(one_object(segmentation=[[math.nan] * 6, *LEFT]), EVERY, 1, id="polygon-nan"),
+    pytest.param(one_object(segmentation=[[str(x) for x in LEFT[0]]]), EVERY, 1, id="polygon-text"),
+    pytest.param(one_object(segmentation=[]), [0, 3], None, id="mask-empty"),
+    pytest.param(one_object(segmentation=None), [0, 3], None, id="mask-null"),
+    pytest.param(as_floats, EVERY, 1, id="whole-numbers-as-floats"),
+    pytest.param(lambda c: [e.update(width="60", height=40.0) for e in c["images"]], EVERY, 1, id="sides-text"),
+    pytest.param(ids_as_text, EVERY, 1, id="ids-text-and-numbers"),
+    pytest.param(ids_of_words, EVERY, 1, id="ids-words-and-numbers"),
+])
+def test_objects_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, change, objects, area):
+    edit_both(tmp_path, change)
+    train_set, val_set = read_both(tmp_path)
+    at = [name for name, *_ in train_set.images].index("a.png")
+    target = train_set[0, at][1]
+    masks = {0: rectangle(5, 10, 15, 30), 1: rectangle(20, 40, 35, 50), 3: rectangle(0, 50, 10, 60)}
+    assert target["labels"].tolist() == [{0: 1, 1: 0, 3: 0}[i] for i in objects] and train_set.classes == ["boat", "kite"]
+    assert np.array_equal(target["masks"].numpy(), [masks[i] for i in objects])
+    assert train_set.dropped == val_set.dropped == 4 - len(objects)
+    coco = val_set.coco()
+    truth = [entry for entry in coco.dataset["annotations"] if not entry["iscrowd"]]
+    boxes = {0: [10, 5, 20, 10], 1: [40, 20, 10, 15], 3: [50, -5, 20, 15]}
+    assert [entry["bbox"] for entry in truth] == [boxes[i] for i in objects] and len(coco.anns) == len(objects) + 1
+    assert all(np.array_equal(coco.annToMask(entry), masks[i]) for entry, i in zip(truth, objects))
+    if area:
+        assert truth[1]["area"] == area and isinstance(truth[1]["area"], (int, float))
+    metrics = evaluation.evaluate(Oracle(val_set, "inst"), val_set, CPU)
+    assert metrics["mask_AP"] == pytest.approx(1) and metrics["box_AP50"] == pytest.approx(1) and metrics["images"] == 2
+
+
+def test_run_lengths_as_text_are_those_of_pycocotools():
+    rng = np.random.default_rng(0)
+    large = rectangle(0, 0, 400, 300, (400, 600))
+    for mask in [*(rng.random((40, 60)) < share for share in (0, 0.001, 0.5, 1)), rectangle(5, 10, 15, 30), large]:
+        text = mask_utils.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+        assert data.runs_of(text).tolist() == runs(mask)["counts"]
+        for damaged in (text[:-1], text + "1", "b'" + text + "'", "\n" + text):
+            runs_ = data.runs_of(damaged)
+            assert runs_.min() < 0 or runs_.sum() != mask.size
+
+
+@pytest.mark.parametrize("mask, area", [
+    (LEFT, 150), (None, 150), ("of another tool", 150), ([[40, 20, 45, 20, 45, 35, 40, 35]], 75)])
+def test_an_area_that_is_not_known_is_that_of_the_mask_or_else_of_the_box(tmp_path, mask, area):
+    edit_both(tmp_path, one_object(area=None, segmentation=mask))
+    assert read_both(tmp_path, "det")[1].coco().dataset["annotations"][1]["area"] == area
+
+
+@pytest.mark.parametrize("change, complaint", [
+    pytest.param(lambda c: c["annotations"][0].update(iscrowd="maybe"), "annotations[0] has no usable iscrowd", id="iscrowd"),
+    pytest.param(lambda c: c["annotations"][0].update(bbox=["1", "2", "x", "4"]), "annotation 0 has bbox", id="bbox"),
+    pytest.param(lambda c: c["annotations"][0].update(bbox=[0, 0, math.inf, 4]), "annotation 0 has bbox", id="bbox-infinite"),
+    pytest.param(lambda c: c["images"][0].update(width=60.5), "images[0] has no usable width", id="width"),
+    pytest.param(lambda c: c["images"][1].update(height=0), "images[1] has no usable height", id="height"),
+    pytest.param(lambda c: c["images"][0].update(id="3"), "two images, or two categories, have the same id", id="ids-join"),
+    pytest.param(lambda c: c["annotations"][0].update(image_id="05"), "annotation 0 is of image 05, which is not in", id="ids-part"),
+    pytest.param(every_object(segmentation=None), "no usable annotation in it: 4 objects have no mask", id="no-masks"),
+    pytest.param(one_object(segmentation=[[[40, 20], [50, 20], [50, 35]]]), "annotation 1 has a mask that is neither", id="pairs"),
+])
+def test_what_is_uncertain_in_coco_files_is_refused(tmp_path, change, complaint):
+    edit_both(tmp_path, change)
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "val", "inst", AS_IT_IS))
+    assert complaint in refusal(lambda: read_both(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotation_files_begin_with_a_byte_order_mark_or_not(tmp_path, encoding):
+    edit_both(tmp_path, lambda c: None)
+    for path in (tmp_path / "annotations").iterdir():
+        path.write_text(path.read_text(), encoding=encoding)
+    train_set, val_set = read_both(tmp_path)
+    assert len(train_set[0, 1][1]["labels"]) == 3 and len(val_set.coco().anns) == 4
+
+
+@pytest.mark.parametrize("name, complaint", [
+    pytest.param("train2017/a.png", None, id="folder-before-it"),
+    pytest.param("C:\\data\\photos\\a.png", None, id="backslashes"),
+    pytest.param("photos\\a.png", None, id="backslashes-in-a-folder"),
+    pytest.param("/home/else/data/train2017/a.png", None, id="absolute-of-another-machine"),
+    pytest.param("more/c.png", None, id="in-a-folder-that-is-there"),
+    pytest.param("D:\\x\\more\\c.png", None, id="in-a-folder-that-is-there-of-windows"),
+    pytest.param("train2017/x.png", "image 5, train2017/x.png, is not in", id="not-there"),
+    pytest.param("night/b.png", "b.png and night/b.png would both be", id="not-unique"),
+    pytest.param("", "image 5, , is not in", id="empty"),
+])
+@pytest.mark.parametrize("task", ["det", "pan"])
+def test_images_are_found_by_names_of_other_machines(tmp_path, name, complaint, task):
+    kind = "panoptic" if task == "pan" else "instances"
+    write_panoptic(tmp_path) if task == "pan" else write_coco(tmp_path)
+    (tmp_path / "train2017" / "more").mkdir()
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "train2017" / "more" / "c.png")
+    if task == "pan":
+        Image.new("RGB", (60, 40), "red").save(tmp_path / "train2017" / "b.png")
+        edit_json(lambda c: c["images"].append(dict(id=3, file_name="b.png", width=60, height=40)), kind)(tmp_path)
+        edit_json(lambda c: c["annotations"][0].update(file_name="E:\\maps\\a.png"), kind)(tmp_path)
+        edit_json(lambda c: [c["images"][0].update(id=5), c["annotations"][0].update(image_id=5)], kind)(tmp_path)
+    edit_json(lambda c: c["images"][0].update(file_name=name), kind)(tmp_path)
+    read = lambda: data.Coco(tmp_path, "train", task, AS_IT_IS, crop=1000)
+    if complaint:
+        assert complaint in refusal(read)
+        return
+    image, target = read()[0, 1]
+    assert image.amax((1, 2)).tolist() == ([255, 0, 0] if "c.png" in name else [0, 0, 0] if task == "pan" else [100] * 3)
+    assert len(target["labels"]) == 3
+
+
+def write_export(root, used_in_val=("boat", "kite")):
+    """write_coco() as labeling tools export it, with a category 0 for all and, in validation, other numbers."""
+    for split, folder in (("train", "train"), ("val", "valid")):
+        content = write_coco(root, split)
+        (root / f"{split}2017").rename(root / folder)
+        Image.new("RGB", (60, 40)).save(root / folder / "b.png")
+        content["categories"] = [dict(id=0, name="things", supercategory="none"), *content["categories"]]
+        if split == "val":  # kite comes first here, and there is a class that no object has
+            content["categories"] = [dict(id=1, name="kite"), dict(id=2, name="boat"), dict(id=4, name="never")]
+            for entry in content["annotations"]:
+                entry["category_id"] = {90: 1, 7: 2}[entry["category_id"]]
+        (root / folder / "_annotations.coco.json").write_text(json.dumps(content))
+    for path in (root / "annotations").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("task", ["det", "inst"])
+def test_the_common_coco_export_is_read(tmp_path, capsys, task):
+    write_export(tmp_path)
+    train_set, val_set = read_both(tmp_path, task)
+    printed = capsys.readouterr().out
+    assert "training data: categories without annotations are left out: things" in printed
+    assert "validation data: categories without annotations are left out: never" in printed
+    assert train_set.classes == val_set.classes == ["boat", "kite"]
+    assert train_set.categories == [7, 90] and val_set.categories == [2, 1]
+    assert train_set[0, 1][1]["labels"].tolist() == [1, 0, 0]
+    metrics = evaluation.evaluate(Oracle(val_set, task), val_set, CPU, per_class=True)
+    assert metrics[evaluation.METRIC[task]] == pytest.approx(1)
+    half = lambda dataset, task, index: keep(truth_as_prediction(dataset, task, index), 1)  # kites only
+    rows = evaluation.evaluate(Oracle(val_set, task, half), val_set, CPU, per_class=True)["per_class"]
+    name = "AP" if task == "det" else "mask_AP"
+    assert [(row["class"], row[name]) for row in rows] == [("boat", 0), ("kite", pytest.approx(1))]
+
+
+def keep(prediction, label):
+    return {name: value[prediction["labels"] == label] for name, value in prediction.items()}
+
+
+def test_classes_of_a_validation_file_are_the_models_by_name(tmp_path):
+    write_export(tmp_path)
+    read = lambda *classes: data.Coco(tmp_path, "val", "det", v2.Resize(20), classes=classes)
+    assert "its category boat is none of the model's 2 classes" in refusal(lambda: read("kite", "dog"))
+    more = read("dog", "kite", "boat")
+    assert more.categories[1:] == [1, 2] and more.categories[0] not in (1, 2, 4)
+    rows = evaluation.evaluate(Oracle(more, "det"), more, CPU, per_class=True)["per_class"]
+    assert math.isnan(rows[0]["AP"]) and [row["AP"] for row in rows[1:]] == [pytest.approx(1)] * 2
+    (tmp_path / "val").mkdir()
+    assert "valid are both there" in refusal(lambda: read("boat", "kite"))
+
+
+def write_maps(root, *values, names=None):
+    """ADE20K's layout with two maps a split, each with all of the values in stripes of ten columns."""
+    write_ade(root, names=False)
+    pixels = np.repeat(np.resize(values, 6), 10)[None].repeat(40, 0)
+    for path in (root / "annotations").rglob("*.png"):
+        Image.fromarray(pixels.astype(np.uint8 if max(values) < 256 else np.uint16)).save(path)
+    if names:
+        rows = "".join(f"{i}\tclass {i}\n" for i in range(1, names + 1))
+        (root / "objectInfo150.txt").write_text(f"Idx\tName\n{rows}\n \n")
+    return pixels
+
+
+def read_maps(root):
+    train_set = data.Ade(root, "train", AS_IT_IS, crop=1000)
+    val_set = data.Ade(root, "val", v2.Resize(20), classes=train_set.classes)
+    for dataset, split in ((train_set, "training"), (val_set, "validation")):
+        data.check(dataset, split)
+    return train_set, val_set
+
+
+@pytest.mark.parametrize("values, names, classes, void", [
+    pytest.param((1, 2, 3), None, 3, (), id="no-void"),
+    pytest.param((1, 2, 255), None, 2, (255,), id="255-and-no-table"),
+    pytest.param((0, 1, 2, 255), None, 2, (0, 255), id="0-and-255-and-no-table"),
+    pytest.param((0, 1, 255), 150, 150, (0, 255), id="0-and-255-and-names"),
+    pytest.param((0, 1, 255), 255, 255, (0,), id="255-is-a-class-that-has-a-name"),
+    pytest.param((0, 40, 255, 300), 300, 300, (0,), id="16-bit-maps"),
+])
+def test_255_is_void_where_the_classes_do_not_reach_it(tmp_path, capsys, values, names, classes, void):
+    pixels = write_maps(tmp_path, *values, names=names)
+    train_set, val_set = read_maps(tmp_path)
+    seen = sorted(set(values) - {0, *void})
+    right = np.where(np.isin(pixels, seen), pixels.astype(int) - 1, -1)
+    target = train_set[0, 0][1]
+    assert len(train_set.classes) == classes and target["labels"].tolist() == [value - 1 for value in seen]
+    assert np.array_equal(target["masks"].numpy(), [pixels == value for value in seen])
+    for dataset in (train_set, val_set):
+        assert np.array_equal(dataset.label_map(0), right)
+    printed = capsys.readouterr().out
+    share = f"{np.isin(pixels, [0, *void]).mean():.1%} of the pixels void"
+    assert printed.count(f"2 images, {classes} classes, of which {len(seen)} occur, {share}") == 2
+    both = f"0 ({(pixels == 0).mean():.1%} of the pixels) and 255 ({(pixels == 255).mean():.1%}) are both void; if 0 is a class"
+    assert printed.count(both) == (2 if {0, 255} <= {*void} else 0)
+
+
+def test_255_is_a_class_where_all_below_it_occur(tmp_path):
+    write_ade(tmp_path, names=False)
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        Image.fromarray((np.arange(40 * 60).reshape(40, 60) % 256).astype(np.uint8)).save(path)
+    assert len(read_maps(tmp_path)[0].classes) == 255
+
+
+@pytest.mark.parametrize("values, names, complaint", [
+    pytest.param((0, 255), None, "the values 0, 255 in it cannot be numbers of classes; number them 1, 2, 3", id="0-and-255"),
+    pytest.param((255,), None, "the values 255 in it cannot be", id="255-alone"),
+    pytest.param((0, 128, 255), None, "the values 0, 128, 255 in it cannot be", id="shades"),
+    pytest.param((0, 85, 170, 255), None, "the values 0, 85, 170, 255 in it cannot be", id="more-shades"),
+    pytest.param((0, 255), 3, "not one labelled pixel in it, only the values 0, 255; number classes from 1", id="0-and-255-and-names"),
+    pytest.param((0, 1, 9, 255), 3, "a.png: label 9 in it, the data set has labels 0 to 3; 1 more files", id="beyond-the-names"),
+])
+def test_values_that_cannot_be_classes_are_refused(tmp_path, values, names, complaint):
+    write_maps(tmp_path, *values, names=names)
+    assert complaint in refusal(lambda: read_maps(tmp_path))
+
+
+@pytest.mark.parametrize("names", [None, 3])
+def test_label_maps_in_colors_are_refused(tmp_path, names):
+    write_maps(tmp_path, 0, 1, 2, names=names)
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        Image.new("RGB", (60, 40), (0, 128, 64)).save(path)
+    assert "a.png: colours in it; the data set has labels from 1" in refusal(lambda: read_maps(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
+def test_label_maps_are_grey_in_any_mode(tmp_path, mode):
+    pixels = write_maps(tmp_path, 0, 1, 2)
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        grey = Image.open(path)
+        if mode == "P":
+            grey.putpalette([7, 7, 7, 200, 0, 0, 0, 200, 0])  # a map holds the numbers, the colors are for people
+        picture = grey if mode == "P" else grey.convert(mode)
+        if mode.endswith("A"):
+            picture.putalpha(Image.new("L", (60, 40), 90))
+        picture.save(path)
+        assert Image.open(path).mode == mode
+    for dataset in read_maps(tmp_path):
+        assert np.array_equal(dataset.label_map(0), pixels.astype(int) - 1)
+
+
+@pytest.mark.parametrize("table, complaint", [
+    pytest.param("\ufeffIdx\tName\n1\twall\n2\tsky, air\n\n", None, id="blank-last-line-and-byte-order-mark"),
+    pytest.param("1\twall\r\n2\tsky\r\n", None, id="without-titles-of-windows"),
+    pytest.param("Idx\tName\n2\twall\n1\tsky\n", "the row of class 1 is not its number", id="another-order"),
+    pytest.param("wall\nsky\n", "the row of class 1 is not its number", id="no-tabs"),
+    pytest.param("Idx\tName\n1\twall\n2\t\n", "the row of class 2 is not its number", id="no-name"),
+    pytest.param("Idx\tName\n\n", "objectInfo150.txt: no classes in it", id="no-rows"),
+])
+def test_tables_of_names_are_read_or_refused(tmp_path, table, complaint):
+    write_maps(tmp_path, 0, 1, 2)
+    (tmp_path / "objectInfo150.txt").write_text(table, encoding="utf-8", newline="")
+    if complaint:
+        assert complaint in refusal(lambda: read_maps(tmp_path))
+    else:
+        assert read_maps(tmp_path)[0].classes == ["wall", "sky"]
+
+
+def leave_hidden_files(folder):
+    """What macOS, Windows and Jupyter leave behind."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "._photo.jpg").write_bytes(b"no image")
+    (folder / ".DS_Store").write_bytes(b"")
+    (folder / "Thumbs.db").write_bytes(b"")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / name).mkdir()
+        Image.new("RGB", (60, 40)).save(folder / name / "copy.png")
+
+
+def test_hidden_files_are_no_images_anywhere(tmp_path, folder):
+    for split in ("train", "val"):
+        leave_hidden_files(folder / split)
+        leave_hidden_files(folder / split / "cat")
+    train_set = data.Folder(folder, "train", data.train_transform(32, 0, 0))
+    val_set = evaluation.validation_set(folder, 32, "cls", train_set.classes)
+    assert train_set.classes == ["cat", "dog"] and (len(train_set), len(val_set)) == (16, 6)
+    found = [name for name, *_ in evaluation.images_of([folder / "val" / "cat"], "cls", 32)]
+    assert [os.path.basename(name) for name in found] == ["0.png", "1.png", "2.png"]
+    write_ade(tmp_path / "ade")
+    for path in (tmp_path / "ade").glob("*/*"):
+        leave_hidden_files(path)
+    assert list(map(len, read_maps(tmp_path / "ade"))) == [2, 2]
+
+
+def test_two_images_of_one_label_map_are_refused(tmp_path):
+    write_ade(tmp_path)
+    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "training" / "a.png")
+    assert "a.jpg and a.png have the same label map" in refusal(lambda: read_maps(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_held_out_images_lie_in_val_or_valid(folder, name):
+    (folder / "val").rename(folder / name)
+    assert len(evaluation.validation_set(folder, 32, "cls", ["cat", "dog"])) == 6
+    (folder / "val").mkdir()
+    assert f"{name} are both there; keep one" in refusal(lambda: evaluation.validation_set(folder, 32))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The check before the first step
+# ---------------------------------------------------------------------------------------------------------------
+def turned_image(root, split):
+    """The image lies on its side in the file, as cameras leave it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(root / f"{split}2017" / "a.png", "JPEG", exif=exif)
+
+
+def test_the_check_says_what_was_understood(tmp_path, capsys):
+    for name, write in (("coco", coco_folder), ("pan", panoptic_folder)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    turned_image(tmp_path / "coco", "train")
+    read_both(tmp_path / "coco")
+    training, validation = capsys.readouterr().out.splitlines()
+    assert training == ("training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, "
+                        "1 objects without area or mask are left out")
+    assert validation == training.replace("training", "validation")
+    more = lambda c: c["annotations"][0]["segments_info"].append(dict(id=77, category_id=1))
+    edit_json(more, "panoptic")(tmp_path / "pan")  # a segment without pixels
+    read_both(tmp_path / "pan", "pan")
+    void = f"{1 - (20 * 60 + 8 * 20) / 2400:.1%} of the pixels void"  # sky and crowd, and the boats
+    training, validation = capsys.readouterr().out.splitlines()
+    assert training == ("training data: 1 images, 2 classes, 4 segments, 1 crowds ignored, 1 segments without pixels are left out, "
+                        f"{void}")
+    assert validation == f"validation data: 1 images, 2 classes, 3 segments, 1 crowds ignored, {void}"
+
+
+def small_image(root):
+    Image.new("RGB", (61, 40)).save(root / "val2017" / "b.png")
+
+
+def half_image(root):
+    (root / "val2017" / "b.png").write_text("no image")
+
+
+def broken_runs(root):
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][2]["segmentation"] = dict(size=[40, 60], counts="0")  # of the crowd
+    path.write_text(json.dumps(content))
+
+
+def strange_map(root):
+    Image.new("RGB", (60, 40), (5, 0, 0)).save(root / "annotations" / "panoptic_val2017" / "a.png")
+
+
+def small_label_map(root):
+    Image.new("L", (50, 40), 1).save(root / "annotations" / "validation" / "b.png")
+
+
+def half_label_map(root):
+    cut_in_half(root / "annotations" / "validation" / "b.png")
+
+
+@pytest.mark.parametrize("task, write, damage, complaint", [
+    ("inst", lambda root: coco_folder(root), small_image, "b.png: 61 x 40 pixels"),
+    ("det", lambda root: coco_folder(root), half_image, "b.png: cannot be read as an image"),
+    ("inst", lambda root: coco_folder(root), broken_runs, "annotation 2 has a mask that is neither"),
+    ("pan", lambda root: panoptic_folder(root), strange_map, "segment 5 has no entry in"),
+    ("sem", lambda root: write_ade(root), small_label_map, "b.jpg: 60 x 40 pixels, its label map has 50 x 40"),
+    ("sem", lambda root: write_ade(root), half_label_map, "b.png: cannot be read as an image"),
+])
+def test_what_is_wrong_with_validation_files_ends_a_run_before_its_first_step(tmp_path, capsys, task, write, damage, complaint):
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files")
+    damage(tmp_path / "files")
+    arguments = ["--task", task, "--data", tmp_path / "files", "--variant", "nano", "--batch-size", 1, "--workers", 0]
+    with pytest.raises(SystemExit) as stop:
+        call(train, capsys, *arguments, "--out", tmp_path / "run")
+    assert complaint in str(stop.value) and "\n" not in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_a_few_unreadable_training_images_are_counted_and_many_are_refused(tmp_path, capsys):
+    write_coco(tmp_path)
+    edit_json(many_times)(tmp_path)
+    dataset = lambda: data.Coco(tmp_path, "train", "det", AS_IT_IS, crop=1000)
+    (tmp_path / "train2017" / "a.png").write_text("no image")  # nine of 18
+    data.check(dataset(), "training")
+    assert "training data: 9 images will be skipped, the first: " in capsys.readouterr().out
+    (tmp_path / "train2017" / "b.png").write_text("no image")
+    assert "18 of 18 training images are broken, the last: " in refusal(lambda: data.check(dataset(), "training"))
+
+
+def check_a_part(rank):
+    root = os.environ["CHECKED"]
+    try:
+        dataset = data.Ade(f"{root}/ade", "train", AS_IT_IS, crop=1000)
+        data.check(dataset, "training")
+        data.check(data.Coco(f"{root}/coco", "val", "det", AS_IT_IS), "validation")
+    except data.InputError as error:
+        return dataset.classes, str(error)
+
+
+def test_all_processes_find_the_same_whoever_reads_the_file(tmp_path, monkeypatch):
+    for name in ("ade", "coco"):
+        (tmp_path / name).mkdir()
+    write_maps(tmp_path / "ade", 0, 1)
+    Image.new("L", (60, 40), 2).save(tmp_path / "ade" / "annotations" / "training" / "b.png")  # one of them sees a class more
+    coco_folder(tmp_path / "coco")
+    small_image(tmp_path / "coco")
+    monkeypatch.setenv("CHECKED", str(tmp_path))
+    first, second = on_processes(check_a_part, tmp_path)
+    assert first == second and first[0] == ["1", "2"] and "b.png: 61 x 40 pixels" in first[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Several processes
 # ---------------------------------------------------------------------------------------------------------------
 def one_process(rank, function, path, count):
@@ -1592,7 +2268,7 @@ def on_processes(function, path, count=2):
 def loss_of(model, keys):
     shapes = data.Shapes(100, 32, seed=0, split="train")
     images, labels = zip(*[shapes[key] for key in keys])
-    return F.cross_entropy(model(torch.stack(images))["logits"], torch.tensor(labels))
+    return F.cross_entropy(model(data.as_float(torch.stack(images)))["logits"], torch.tensor(labels))
 
 
 def gradients_of_half(rank):
@@ -1634,7 +2310,7 @@ def dense_gradients(parts, world_size=1):
     total = torch.tensor(float(sum(len(target["labels"]) for target in targets)))
     if world_size > 1:
         dist.all_reduce(total)
-    (sum(train.dense_losses(wrapped(images), targets, 4).values()) * world_size / total).backward()
+    (sum(train.dense_losses(wrapped(data.as_float(images)), targets, 4).values()) * world_size / total).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -1778,7 +2454,7 @@ class Oracle(torch.nn.Module):
     def __init__(self, dataset, task, answer=truth_as_prediction):
         super().__init__()
         self.task = task
-        self.answers = {dataset[0, i][0].numpy().tobytes(): answer(dataset, task, i) for i in range(len(dataset))}
+        self.answers = {data.as_float(dataset[0, i][0]).numpy().tobytes(): answer(dataset, task, i) for i in range(len(dataset))}
 
     def predict(self, images, sizes=None):
         answers = [self.answers[image.numpy().tobytes()] for image in images]
@@ -1888,7 +2564,7 @@ def test_no_predictions_score_zero(task):
 def test_where_there_is_nothing_to_find_there_is_no_figure(monkeypatch):
     dataset = data.Shapes(2, 96, 0, "val", "det")
     model, image = Oracle(dataset, "det"), dataset.scene(0, 0)[0]
-    model.answers = {dataset[0, 0][0].numpy().tobytes(): next(iter(model.answers.values()))}
+    model.answers = {data.as_float(dataset[0, 0][0]).numpy().tobytes(): next(iter(model.answers.values()))}
     monkeypatch.setattr(dataset, "scene", lambda epoch, index: (image, [], None))
     metrics = evaluation.evaluate(model, dataset, CPU)
     assert metrics.pop("images") == 2 and all(math.isnan(value) for value in metrics.values())
@@ -2012,9 +2688,7 @@ def saved_checkpoint(path, task):
     for parameter in model.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
     classes = list(data.THINGS)[: model.num_classes]
-    settings = dict(task=task, variant="nano", patch_size=4, image_size=64, data=None)
-    state = dict(model=model.state_dict(), ema=model.state_dict(), settings=settings, classes=classes, things=model.things)
-    torch.save(state, path)
+    torch.save(state_of(model, classes, task=task, image_size=64, data=None), path)
     return model.eval()
 
 
@@ -2439,9 +3113,8 @@ def test_init_takes_what_fits_and_says_what_does_not(tmp_path, capsys, short_epo
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
-    model = cf.ClusterFormer("cls", "nano", num_classes=len(data.THINGS)).state_dict()
-    settings = dict(task="cls", variant="nano", patch_size=4, image_size=32, data=None)
-    torch.save(dict(model=model, ema=model, optimizer={}, step=1, epoch=1, best=0.0, settings=settings, classes=list(data.THINGS)), path)
+    model = cf.ClusterFormer("cls", "nano", num_classes=len(data.THINGS))
+    torch.save(state_of(model, list(data.THINGS), task="cls", image_size=32, data=None), path)
     return path
 
 
@@ -2488,7 +3161,7 @@ def test_own_objects_start_from_a_checkpoint_with_a_slow_backbone(tmp_path, caps
     arguments = ["--task", "inst", "--data", tmp_path, "--variant", "nano", "--image-size", 64, "--test-size", 48]
     arguments += ["--batch-size", 2, "--epochs", 2, "--init", checkpoint, "--workers", 0, "--out", out]
     printed = call(train, capsys, *arguments)
-    assert "1 objects without area are left out" in printed and "new: decoder." in printed
+    assert "training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, 1 objects without area or mask" in printed and "new: decoder." in printed
     assert seen["rate"] == 0.1 and len((out / "log.jsonl").read_text().splitlines()) == 2
     printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--per-class")
     assert "mask AP" in printed and "kite" in printed
@@ -2612,20 +3285,21 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
     torch.save({"weights": torch.zeros(2)}, other)
     task = tmp_path / "task.pt"
     content = torch.load(checkpoint)
-    torch.save(content | {"settings": content["settings"] | {"task": "depth"}}, task)
+    torch.save(content | {"arguments": content["arguments"] | {"task": "depth"}}, task)
     fewer = tmp_path / "fewer.pt"
-    torch.save(content | {"classes": ["cat", "dog"]}, fewer)
-    changed = tmp_path / "changed.pt"
-    weights = {name.replace("head.norm.weight", "head.scale"): value for name, value in content["ema"].items()}
-    torch.save(content | {"ema": weights}, changed)
+    torch.save(content | {"arguments": content["arguments"] | {"num_classes": 2}}, fewer)
+    older = tmp_path / "older.pt"
+    torch.save(content | {"version": cf.VERSION - 1}, older)
+    first = tmp_path / "first.pt"
+    torch.save({name: value for name, value in content.items() if name not in ("version", "arguments")}, first)
     for arguments, complaint in [
         (["--checkpoint", tmp_path / "none.pt"], "no such checkpoint"),
         (["--checkpoint", half], "half.pt: not a readable checkpoint"),
         (["--checkpoint", other], "other.pt: not a checkpoint of train.py"),
         (["--checkpoint", task], "task must be one of cls, det, inst, sem, pan, got 'depth'"),
-        (["--checkpoint", fewer], "head.classifier.weight is (8, 256) instead of (2, 256)"),
-        (["--checkpoint", changed], "changed.pt: its weights are not those of a nano with 8 classes: head.norm.weight is missing, "
-                                    "head.scale is unknown"),
+        (["--checkpoint", fewer], "fewer.pt: not a whole checkpoint of train.py (Error(s) in loading state_dict"),
+        (["--checkpoint", older], f"older.pt: its weights are of version {cf.VERSION - 1} of the model, this is version "),
+        (["--checkpoint", first], "first.pt: its weights are of version 1 of the model, this is version "),
         (["--checkpoint", checkpoint, "--data", folder], "2 classes that the model is not trained for: cat, dog"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--checkpoint", checkpoint, "--batch-size", 0], "--batch-size must be at least 1"),
@@ -2641,6 +3315,15 @@ def test_an_error_has_no_traceback_and_an_exit_code(tmp_path):
     command = [sys.executable, "train.py", "--batch-size", "0", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "train.py: error: --batch-size must be at least 1, got 0\n"
+
+
+def test_a_checkpoint_knows_every_argument_of_its_model(tmp_path):
+    arguments = dict(task="pan", variant="nano", num_classes=3, patch_size=2, iterations=1, drop_path=0.1, things=[True, False, True])
+    model = cf.ClusterFormer(**arguments)
+    assert model.arguments == arguments and inspect.signature(cf.ClusterFormer).parameters.keys() == arguments.keys()
+    torch.save(state_of(model, ["a", "b", "c"]), tmp_path / "last.pt")
+    again, _ = cf.load_checkpoint(tmp_path / "last.pt")
+    assert again.arguments == arguments and again.backbone.stages[0][0].cluster.iterations == 1
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

@@ -35,11 +35,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 from tqdm import tqdm
 
-from clusterformer import TASKS, VARIANTS, ClusterFormer, class_probability, load_checkpoint
+from clusterformer import (
+    TASKS,
+    VARIANTS,
+    VERSION,
+    ClusterFormer,
+    box_overlap,
+    class_probability,
+    corners,
+    load_checkpoint,
+    to_device,
+)
 from data import (
     Ade,
     Coco,
@@ -48,9 +56,12 @@ from data import (
     InputError,
     Shapes,
     SkipBroken,
+    as_float,
+    check,
     collate,
     dense_train_transform,
     ignore_signals,
+    loader_of,
     mix,
     train_transform,
 )
@@ -74,8 +85,10 @@ RECIPES = {
     "smoothing": (0.0, 0.1, 0.0, 0.0, 0.0, 0.0, "cls: label smoothing"),
     "mixup": (0.0, 0.8, 0.0, 0.0, 0.0, 0.0, "cls: alpha of mixup; 0: none"),
     "cutmix": (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, "cls: alpha of cutmix; 0: none"),
-    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10); 0: none"),
+    "randaugment": (0, 27, 0, 0, 0, 0, "cls: magnitude of RandAugment, of 0 to 30 (27 is the usual 9 of 10), two operations, "
+                    "each applied to half of the images; 0: none"),
     "erasing": (0.0, 0.25, 0.0, 0.0, 0.0, 0.0, "cls: probability of erasing a rectangle"),
+    "evaluate_every": (1, 1, 1, 5, 5, 1, "epochs between evaluations; there is always one at the end"),
     "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
 }
 COLUMNS = ("cls on shapes", "cls on files", "dense on shapes", "COCO", "ADE20K")
@@ -200,12 +213,16 @@ def parameter_groups(model, weight_decay, backbone_rate):
 REPEATS = 6, 4, 2  # centers that a target has in the first layers; in the others, and always in the last, one
 WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)  # all but the last as DETR, Mask2Former, MaskDINO
 NONE = 0.1  # weight of a center without a target, which shall say so: there are a dozen and more of them for one that has
-POINTS = 12_544  # at which a mask is compared, at most: all 65,536 of a 1024 x 1024 image would take five times the memory
+POINTS = 12_544  # at which a mask is compared: all 65,536 of a 1024 x 1024 image would take five times the memory
 
 
 def points_of(masks):
-    """How many points a mask is compared at: a quarter of its pixels at most.  masks: (..., h, w)."""
-    return min(POINTS, masks.shape[-2] * masks.shape[-1] // 4)
+    """How many points a mask is compared at: POINTS from 512 x 512 pixels on, a quarter of its pixels below.
+
+    masks: (..., h, w), at stride 4.
+    """
+    pixels = masks.shape[-2] * masks.shape[-1]
+    return POINTS if pixels >= 128 * 128 else pixels // 4
 
 
 def assign(cost):
@@ -243,18 +260,13 @@ def assign(cost):
     return columns
 
 
-def corners(boxes):
-    """(n, 4) cxcywh -> xyxy."""
-    return box_convert(boxes, "cxcywh", "xyxy")
-
-
-def sample(maps, points, size):
+def sample(maps, points, reach=(1.0, 1.0)):
     """Values of maps at points, bilinear.
 
-    maps: (n, h, w), which cover `size` (height, width) pixels.  points: (n or 1, P, 2) float, x and y in pixels.
-    Returns (n, P).
+    maps: (n, h, w).  points: (n or 1, P, 2) float, x and y in fractions of an image, of whose height and width the maps cover
+    `reach` times: they may be larger, by padding.  Returns (n, P).
     """
-    grid = 2 * points / points.new_tensor([size[1], size[0]]) - 1
+    grid = torch.stack([points[..., 0] * (2 / reach[1]) - 1, points[..., 1] * (2 / reach[0]) - 1], -1)
     if not len(maps):
         return maps.new_zeros(0, points.shape[1])
     if len(points) == 1:  # the same points in all maps: they are channels of one
@@ -262,92 +274,99 @@ def sample(maps, points, size):
     return F.grid_sample(maps[:, None], grid[:, None], padding_mode="border", align_corners=False)[:, 0, 0]
 
 
-def random_points(n, count, size, device):
-    """(n, count, 2) float, x and y, uniform over an image of size (height, width) pixels."""
-    return torch.rand(n, count, 2, device=device) * torch.tensor([size[1], size[0]], device=device)
+def reach_of(masks, truth, stride):
+    """How many times the height and width of an image's own masks (n, H, W) the padded masks (m, h, w) at a stride cover."""
+    return [stride * padded / real for padded, real in zip(masks.shape[1:], truth.shape[1:])]
 
 
-def uncertain_points(logits, count, size, extent):
-    """As random_points, but three of four where a mask is least certain (Kirillov et al., PointRend, 2020): at its border,
-    which is a small part of its pixels, and where it is wrong or right."""
-    points = random_points(len(logits), 3 * count, size, logits.device)
-    doubt = -sample(logits, points, extent).abs()  # (n, 3 count)
+def uncertain_points(logits, count, reach):
+    """Random points, (n, count, 2) in fractions of the image, three of four where a mask is least certain (Kirillov et al.,
+    PointRend, 2020): at its border, which is a small part of its pixels, and where it is wrong or right."""
+    points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
+    doubt = -sample(logits, points, reach).abs()  # (n, 3 count)
     most = doubt.topk(3 * count // 4, dim=1).indices[..., None].expand(-1, -1, 2)
-    rest = random_points(len(logits), count - most.shape[1], size, logits.device)
+    rest = torch.rand(len(logits), count - most.shape[1], 2, device=logits.device)
     return torch.cat([points.gather(1, most), rest], 1)
 
 
 @torch.no_grad()
-def matching_cost(output, target, stride):
+def matching_cost(output, target, stride, things=None):
     """What it costs to give a target a center, in all pairs: the losses below, of that target on that center.
 
-    output: answers of one image's centers, of any number of layers, (n centers, ...).  Returns (targets, centers) float32.
+    output: answers of one image's centers, of any number of layers, (n centers, ...).  things: as in dense_losses.
+    Returns (targets, centers) float32, infinite for centers that this image of a batch of unequal ones has not got.
     """
     labels = target["labels"]
-    absent = output["logits"].amax(1) <= -100  # of a batch of unequal images: centers that this one has not got
-    cost = 1e3 * absent - WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
+    cost = -WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
     if "boxes" in output:
         boxes, truth = output["boxes"].float(), target["boxes"]
-        cost += WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1)
-        cost -= WEIGHTS["giou"] * generalized_box_iou(corners(truth), corners(boxes))
+        _, giou = box_overlap(corners(truth)[:, None], corners(boxes))
+        box_cost = WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1) - WEIGHTS["giou"] * giou
+        cost += box_cost if things is None else box_cost * things[labels, None]
     if "masks" in output:
         masks, truth = output["masks"].float(), target["masks"].float()
-        extent, size = [stride * side for side in masks.shape[1:]], truth.shape[1:]
-        points = random_points(1, points_of(masks), size, masks.device)
-        logits, truth = sample(masks, points, extent), sample(truth, points, size)  # (centers, P), (targets, P)
+        points = torch.rand(1, points_of(masks), 2, device=masks.device)
+        logits = sample(masks, points, reach_of(masks, truth, stride))  # (centers, P)
+        truth = sample(truth, points)  # (targets, P)
         # Binary cross-entropy is softplus(x) - x y: of all pairs, one product.
         entropy = (F.softplus(logits).sum(1) - truth @ logits.T) / logits.shape[1]
         probability = logits.sigmoid()
         dice = 1 - (2 * truth @ probability.T + 1) / (truth.sum(1)[:, None] + probability.sum(1) + 1)
         cost += WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
-    return cost
+    return cost.masked_fill(output["logits"].amax(1) <= -100, torch.inf)
 
 
-def repeats(num_layers):
-    """How many centers a target has in each layer."""
-    return [*REPEATS, *[1] * num_layers][: num_layers - 1] + [1]
+def repeats(num_layers, centers, targets):
+    """How many centers a target has in each layer, of an image: never so many that most centers have one."""
+    most = max(1, centers // (2 * max(1, targets)))
+    return [min(times, most) for times in [*REPEATS, *[1] * num_layers][: num_layers - 1]] + [1]
 
 
-def match(outputs, targets, stride):
+def match(outputs, targets, stride, things=None):
     """Gives every target a center in each layer, and several in the first ones.
 
     Only where an object has a single center can centers learn to leave an object to the one that has it; but several
     centers an object are several times the gradient, and layers whose answer is not the final one can afford them.
-    outputs: (B, L, K, ...), answers of L layers.  Returns image, layer, center, target (counted through the batch), int64
-    (m,), and the weight of the match, float32 (m,): one over the number of centers that its target has in that layer.
+    An image of more targets than centers keeps the largest.
+    outputs: (B, L, K, ...), answers of L layers.  Returns, of each image, layer, center and target (of the image), int64 (m,),
+    and the weight of each match, float32 (m,): one over the number of centers that its target has in that layer.
     """
     L, K = outputs["logits"].shape[1:3]
-    rows, first = [], 0
-    for image, target in enumerate(targets):
-        cost = matching_cost({key: value[image].flatten(0, 1) for key, value in outputs.items()}, target, stride)
-        cost = cost[:K].unflatten(1, (L, K)).double().cpu().numpy()  # of a crowd in a tiny crop, the rest goes untaught
-        n = len(cost)
-        for layer in range(L):
-            times = min(repeats(L)[layer], K // max(1, n))
-            center = assign(np.tile(cost[:, layer], (times, 1)))
-            rows += [(image, layer, c, first + i % n, 1 / times) for i, c in enumerate(center.tolist())]
-        first += len(target["labels"])
-    table = torch.tensor(rows, dtype=torch.float64, device=outputs["logits"].device).view(-1, 5)
-    return *table[:, :4].long().unbind(1), table[:, 4].float()
+    parts = [{key: value.flatten(0, 1) for key, value in zip(outputs, of_image)} for of_image in zip(*outputs.values())]
+    costs = [matching_cost(part, target, stride, things) for part, target in zip(parts, targets)]
+    costs = torch.cat(costs).cpu().double().split([len(cost) for cost in costs])  # one copy waits for the GPU once
+    tables = []
+    for cost, target in zip(costs, targets):
+        cost = cost.unflatten(1, (L, K)).numpy()  # (n, L, K)
+        centers = np.flatnonzero(~np.isposinf(cost).any((0, 1)))
+        kept = np.arange(len(cost))
+        if len(cost) > len(centers):
+            areas = target["masks"].flatten(1).sum(1) if "masks" in target else target["boxes"][:, 2:].prod(1)
+            kept = np.sort(areas.argsort(descending=True)[: len(centers)].cpu().numpy())
+        rows = [np.zeros((0, 4))]
+        for layer, times in enumerate(repeats(L, len(centers), len(kept))):
+            chosen = centers[assign(np.tile(cost[kept, layer][:, centers], (times, 1)))]
+            target_of = np.tile(kept, times)
+            rows.append(np.stack([np.full(len(chosen), layer), chosen, target_of, np.full(len(chosen), 1 / times)], 1))
+        tables.append(torch.from_numpy(np.concatenate(rows)).float())
+    table = to_device(torch.cat(tables), outputs["logits"].device)
+    return [(*part[:, :3].long().unbind(1), part[:, 3]) for part in table.split([len(part) for part in tables])]
 
 
 def mask_losses(masks, targets, matches, stride):
     """Binary cross-entropy and dice of matched masks, at points.  masks: logits (B, L, K, h, w).  matches: as of match()."""
-    image, layer, center, target, weight = matches
     entropy = dice = 0.0 * masks.sum()  # where nothing is to be found, too, DDP waits for a gradient
-    first = 0
-    for i, (of_image, answers) in enumerate(zip(targets, masks)):  # masks[i] would have a gradient as large as masks, each i
-        here = (image == i).nonzero()[:, 0]
-        logits = answers[layer[here], center[here]].float()  # (m, h, w)
-        extent, size = [stride * side for side in logits.shape[1:]], of_image["masks"].shape[1:]
-        points = uncertain_points(logits.detach(), points_of(logits), size, extent)
-        logits, (x, y) = sample(logits, points, extent), points.long().unbind(-1)  # (m, P)
-        truth = of_image["masks"][target[here, None] - first, y, x].float()  # (m, P)
-        first += len(of_image["labels"])
-        entropy = entropy + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1) @ weight[here]
+    # Iterating over masks gives it one gradient; masks[i] would give it one of its full size for each i.
+    for of_image, answers, (layer, center, target, weight) in zip(targets, masks, matches):
+        logits, truth = answers[layer, center].float(), of_image["masks"]  # (m, h, w)
+        reach = reach_of(logits, truth, stride)
+        points = uncertain_points(logits.detach(), points_of(logits), reach)
+        x, y = ((points[..., axis] * truth.shape[2 - axis]).long() for axis in (0, 1))  # (m, P)
+        logits, truth = sample(logits, points, reach), truth[target[:, None], y, x].float()  # (m, P)
+        entropy = entropy + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1) @ weight
         probability = logits.sigmoid()
         shared = 2 * (probability * truth).sum(1) + 1  # the ones are for a mask of which no point was drawn
-        dice = dice + (1 - shared / (probability.sum(1) + truth.sum(1) + 1)) @ weight[here]
+        dice = dice + (1 - shared / (probability.sum(1) + truth.sum(1) + 1)) @ weight
     return entropy, dice
 
 
@@ -367,27 +386,32 @@ def pixel_loss(pixels, targets, stride):
     return loss
 
 
-def dense_losses(output, targets, stride):
+def dense_losses(output, targets, stride, things=None):
     """Losses of the dense tasks, of all layers together, sums over targets.
 
     output: of the model.  targets: list of dictionaries, one an image, as in data.py.  stride: pixels a pixel of the masks.
+    things: bool (classes,), on the device: which classes have boxes; None: all.  The box around all grass of a photo teaches
+    nothing (Li et al., Mask DINO, 2022): pan neither matches nor trains stuff by boxes.
     Returns a dictionary of scalars: label; with boxes l1 and giou; with masks mask, dice and, in training, pixel.
     """
-    layers, keys = [*output["aux"], output], output.keys() & {"logits", "boxes", "masks"}
+    layers, keys = [*output["aux"], output], [key for key in ("logits", "boxes", "masks") if key in output]
     outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ...)
-    image, layer, center, target, weight = matches = match(outputs, targets, stride)
+    matches = match(outputs, targets, stride, things)
+    layer, center, _, weight = map(torch.cat, zip(*matches))
+    image = torch.cat([torch.full_like(index, i) for i, (_, _, index, _) in enumerate(matches)])
+    labels = torch.cat([target["labels"][index] for target, (_, _, index, _) in zip(targets, matches)])
     logits = F.pad(outputs["logits"].float(), (0, 1))  # and the logit of "none"
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
     weights = torch.full(logits.shape[:3], NONE, device=logits.device)
-    classes[image, layer, center] = torch.cat([of_image["labels"] for of_image in targets])[target]
-    weights[image, layer, center] = weight
+    classes[image, layer, center], weights[image, layer, center] = labels, weight
     entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
     losses = dict(label=entropy @ weights.flatten())
     if "boxes" in outputs:
         boxes = outputs["boxes"][image, layer, center].float()
-        truth = torch.cat([of_image["boxes"] for of_image in targets])[target]
-        losses["l1"] = (boxes - truth).abs().sum(1) @ weight
-        losses["giou"] = generalized_box_iou_loss(corners(boxes), corners(truth)) @ weight
+        truth = torch.cat([target["boxes"][index] for target, (_, _, index, _) in zip(targets, matches)])
+        _, giou = box_overlap(corners(boxes), corners(truth))
+        counts = weight if things is None else weight * things[labels]
+        losses["l1"], losses["giou"] = (boxes - truth).abs().sum(1) @ counts, (1 - giou) @ counts
     if "masks" in outputs:
         losses["mask"], losses["dice"] = mask_losses(outputs["masks"], targets, matches, stride)
     if "pixels" in output:
@@ -418,15 +442,15 @@ def losses_of(model, output, targets, smoothing):
     """A dictionary of scalars, sums over images (cls) or targets."""
     if model.task == "cls":
         return dict(label=F.cross_entropy(output["logits"].float(), targets, label_smoothing=smoothing, reduction="sum"))
-    return dense_losses(output, targets, model.backbone.strides[0])
+    return dense_losses(output, targets, model.backbone.strides[0], model.things if model.task == "pan" else None)
 
 
-def to_device(value, device):
-    """Tensors, in lists and dictionaries, on the device."""
+def batch_to_device(value, device):
+    """Tensors, in lists and dictionaries, on the device; the loader has pinned them."""
     if isinstance(value, list):
-        return [to_device(item, device) for item in value]
+        return [batch_to_device(item, device) for item in value]
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: batch_to_device(item, device) for key, item in value.items()}
     return value.to(device, non_blocking=True)
 
 
@@ -462,6 +486,8 @@ def main():
     task, out = settings["task"], settings["out"]
     train = training_set(settings)
     val = validation_set(settings["data"], settings["test_size"] or settings["image_size"], task, train.classes)
+    check(train, "training")
+    check(val, "validation")
     num_classes = len(train.classes)
     things = None if task == "cls" else train.things
     steps_per_epoch = max(1, len(train) // settings["batch_size"])
@@ -508,19 +534,17 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
     runner = torch.compile(model) if settings["compile"] else model
     if world_size > 1:
-        runner = DistributedDataParallel(runner, device_ids=[device.index] if device.type == "cuda" else None)
+        # Buffers never change, so there is nothing to broadcast; gradients need not lie in memory twice.
+        gpu = [device.index] if device.type == "cuda" else None
+        runner = DistributedDataParallel(runner, gpu, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     batches = GlobalBatches(
         len(train), settings["batch_size"], steps, settings["seed"], rank, world_size, settings["accumulate"], mixing, step
     )
     whole = SkipBroken(train, settings["workers"])
-    loader = DataLoader(
-        whole,
-        batch_sampler=batches,
-        num_workers=settings["workers"],
-        pin_memory=device.type == "cuda",
-        collate_fn=None if task == "cls" else collate,
-        worker_init_fn=ignore_signals,
+    join = None if task == "cls" else collate
+    loader = loader_of(
+        whole, settings["workers"], device, batch_sampler=batches, collate_fn=join, worker_init_fn=ignore_signals
     )
     val_batch = max(1, settings["batch_size"] // world_size) if task == "cls" or settings["data"] is None else 1
     if rank == 0:
@@ -532,8 +556,6 @@ def main():
             f"images from {settings['data'] or 'shapes'}; {steps} steps of {settings['batch_size']} images on "
             f"{world_size} x {device.type}"
         )
-        if getattr(train, "dropped", 0):
-            print(f"{train.dropped} objects without area are left out")
         if checkpoint:
             print(f"goes on after step {step}")
             if checkpoint["processes"] != world_size:
@@ -548,7 +570,7 @@ def main():
     def write_checkpoint(name):
         state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), settings=settings)
         state |= dict(step=step, log=log, sums=sums, skipped=skipped, processes=world_size)
-        state |= dict(classes=list(train.classes), things=things)
+        state |= dict(version=VERSION, arguments=model.arguments, classes=list(train.classes))
         save(os.path.join(out, name), lambda file: torch.save(state, file))
 
     def leave(code):
@@ -567,9 +589,11 @@ def main():
                 seconds = time.time() - start
                 if rank == 0:
                     write_checkpoint("last.pt")
-                on_signals(leave)  # at once: nothing is lost, and evaluation may take minutes
-                metrics = evaluate(ema, val, device, val_batch, settings["workers"])
-                on_signals(asked.append)
+                metrics = {}
+                if (len(log) + 1) % settings["evaluate_every"] == 0 or step == steps:
+                    on_signals(leave)  # at once: nothing is lost, and evaluation may take minutes
+                    metrics = evaluate(ema, val, device, val_batch, settings["workers"])
+                    on_signals(asked.append)
                 broken = whole.broken.to(device)
                 if world_size > 1:
                     dist.all_reduce(broken, dist.ReduceOp.MAX)
@@ -577,17 +601,20 @@ def main():
                 line = dict(epoch=len(log) + 1, step=step, loss=sum(losses.values()), lr=lr_at(step - 1)) | metrics
                 line |= dict(images_per_second=(step - start_step) * settings["batch_size"] / seconds, seconds=seconds)
                 line |= {f"loss_{name}": value for name, value in losses.items() if task != "cls"}
-                improved = metrics[METRIC[task]] > max([-1.0, *(line[METRIC[task]] for line in log)])
+                key = METRIC[task]
+                improved = metrics and metrics[key] > max([-1.0, *(line[key] for line in log if key in line)])
                 log.append(line)
                 if rank == 0:  # last.pt last: killed before it, the next run does all this once more
-                    write_text("metrics.json", json.dumps(metrics, indent=2))
+                    if metrics:
+                        write_text("metrics.json", json.dumps(metrics, indent=2))
                     write_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
                     if improved:
                         write_checkpoint("best.pt")
                     write_checkpoint("last.pt")
                     tqdm.write(
-                        f"epoch {len(log)}/{settings['epochs']}  loss {line['loss']:.3f}  {describe(metrics, task)}  "
-                        f"{line['images_per_second']:.0f} images/s"
+                        f"epoch {len(log)}/{settings['epochs']}  loss {line['loss']:.3f}  "
+                        + (describe(metrics, task) + "  " if metrics else "")
+                        + f"{line['images_per_second']:.0f} images/s"
                     )
                     if broken.any():
                         tqdm.write(f"{int(broken.sum())} of {len(train)} training images so far cannot be read")
@@ -603,14 +630,14 @@ def main():
             share = [next(chunks) for _ in range(settings["accumulate"])]  # of this process in the batch
             # Stochastic depth and points of masks, too, are functions of the step: a resumed run goes on as if never stopped.
             torch.manual_seed(int(np.random.SeedSequence((settings["seed"], step, rank)).generate_state(1)[0]))
-            total = torch.tensor(float(settings["batch_size"]), device=device)
+            total = torch.full((), float(settings["batch_size"]), device=device)
             if task != "cls":  # images have few or many objects, and each object shall weigh the same
                 total.fill_(sum(len(target["labels"]) for _, targets in share for target in targets))
                 if world_size > 1:
                     dist.all_reduce(total)
             parts = Counter()
             for chunk, (images, targets) in enumerate(share):
-                images, targets = to_device(images, device), to_device(targets, device)
+                images, targets = as_float(batch_to_device(images, device)), batch_to_device(targets, device)
                 if mixing:
                     images, targets = mix(
                         images, targets, num_classes, settings["mixup"], settings["cutmix"], settings["seed"], step
@@ -626,7 +653,7 @@ def main():
                 parts.update({name: loss.detach() for name, loss in losses.items()})
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
             # What all processes have to know, so that all do the same.  To read it waits for the GPU, once a step.
-            said = torch.stack([torch.tensor(float(len(asked)), device=device), norm, *parts.values()])
+            said = torch.stack([torch.full((), float(len(asked)), device=device), norm, *parts.values()])
             if world_size > 1:
                 dist.all_reduce(said)
             stop, *finite = said.tolist()
