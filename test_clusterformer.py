@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -41,6 +42,18 @@ import train
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.append(os.path.join(HERE, ".github"))
 import benchmark  # noqa: E402, a script beside the project, not a part of it
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
+def slow():
+    """Leaves out the rest of a test that takes long, unless the environment asks for it."""
+    if not os.environ.get("SLOW"):
+        pytest.skip("slow; all of them run with: SLOW=1 pytest -q")
 
 
 def random_model(**arguments):
@@ -286,7 +299,7 @@ def test_the_trace_holds_every_round_of_every_block_and_changes_nothing():
     model, trace = random_model(), []
     image = torch.rand(2, 3, 64, 80)
     with torch.no_grad():
-        torch.testing.assert_close(model(image, trace)["logits"], model(image)["logits"], atol=0, rtol=0)
+        torch.testing.assert_close(model(image, trace)["logits"], model(image)["logits"])
     assert [entry["stage"] for entry in trace] == [0, 0, 1, 1, 2, 2, 3, "head"]
     for entry in trace:
         assert len(entry["centers"]) == 4 and len(entry["assignments"]) == len(entry["weights"]) == 3
@@ -337,15 +350,19 @@ def test_bfloat16_autocast_is_close_and_keeps_the_maps_in_float32():
         torch.testing.assert_close(shares, torch.ones_like(shares))
 
 
-def test_compiled_without_graph_breaks_it_gives_the_same(monkeypatch):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_without_graph_breaks_it_gives_the_same(monkeypatch, backend):
+    if backend == "inductor":
+        slow()
     monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))  # compiling takes long
     model, image = random_model(), torch.rand(2, 3, 64, 48)
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(image)["logits"]
+        compiled = torch.compile(model, fullgraph=True, backend=backend)(image)["logits"]
         torch.testing.assert_close(compiled, model(image)["logits"], atol=1e-4, rtol=1e-4)
 
 
-def test_exported_it_gives_the_same_for_any_batch():
+def test_exported_it_gives_the_same_for_any_batch(monkeypatch):
+    monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))
     model = random_model()
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(model, (torch.rand(2, 3, 64, 48),), dynamic_shapes={"images": {0: batch}})
@@ -360,8 +377,9 @@ def test_predict_gives_the_five_best_classes_and_leaves_the_mode():
     assert model.training and len(answers) == 2
     probabilities = model.eval()(images)["logits"].softmax(-1)
     for answer, row in zip(answers, probabilities):
-        assert answer["labels"].tolist() == row.argsort(descending=True)[:5].tolist()
         torch.testing.assert_close(answer["scores"], row.sort(descending=True).values[:5])
+        torch.testing.assert_close(answer["scores"], row[answer["labels"]])  # rounding ranks those that are nearly equal
+        assert len(set(answer["labels"].tolist())) == 5
 
 
 @pytest.mark.parametrize(
@@ -436,6 +454,19 @@ def test_the_answers_of_all_layers_have_the_promised_shapes(task):
             assert answer["masks"].shape == (2, 100, 24, 26)
 
 
+def found_again(objects, among):
+    """Which part of an image's objects is among others, at whatever rank: rounding ranks those that are nearly equal.
+
+    It also settles which of two is a repetition of the other, and which is the hundredth, so that one or two may be missing.
+    """
+    same = objects["labels"][:, None] == among["labels"]  # (n, m)
+    for key, digits in (("scores", 1e-3), ("boxes", 0.1), ("masks", 0.01)):  # of 1, of a pixel, of the image
+        if key in objects:
+            a, b = (x[key].float().view(len(x[key]), -1) for x in (objects, among))
+            same &= torch.cdist(a, b, p=1) < digits * (a.shape[1] if key == "masks" else 1)
+    return same.any(1).float().mean()
+
+
 @pytest.mark.parametrize("task", DENSE)
 def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
     model = random_dense(task)
@@ -450,11 +481,11 @@ def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
                 value = value[:, : own[key].shape[2], : own[key].shape[3]]
             torch.testing.assert_close(value, own[key][0], atol=1e-4, rtol=1e-4)
     for answer, (own,) in zip(model.predict(images), [model.predict([image]) for image in images]):
-        for key, value in own.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                torch.testing.assert_close(answer[key], value, atol=1e-3, rtol=1e-3)
-            elif isinstance(value, torch.Tensor):
-                assert answer[key].shape == value.shape and (answer[key] == value).float().mean() > 0.99
+        assert answer.keys() == own.keys()
+        if "scores" in own:
+            assert found_again(own, answer) > 0.95 and found_again(answer, own) > 0.95
+        for key in own.keys() & {"semantic", "panoptic"}:
+            assert answer[key].shape == own[key].shape and (answer[key] == own[key]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("task", DENSE)
@@ -618,7 +649,7 @@ def test_outlines_do_not_depend_on_the_size_of_an_object():
     small, large = of_disc(48), of_disc(192)  # large: a sample is a mean over 9 x 9 tokens
     assert (small - large).abs().max() < 0.15 and (small - large).abs().mean() < 0.02
     for outline in (small, large):  # inside, and at the corners of the box
-        assert outline[5, 5].item() == pytest.approx(0.5) and outline[0, 0].item() == pytest.approx(-0.5)
+        assert outline[5, 5].item() == pytest.approx(0.5, abs=1e-5) and outline[0, 0].item() == pytest.approx(-0.5, abs=1e-5)
 
 
 def test_outlines_are_undecided_beyond_the_image():
@@ -673,7 +704,8 @@ def test_masks_reach_full_size_without_what_is_in_the_padding():
     masks = torch.full((1, 8, 8), 50.0)
     masks[:, :3, :4] = -1.0  # the real part of an image of 11 x 13 in a batch of 32 x 32
     full = cf.full_size(masks, (11, 13), 4, (11, 13))
-    assert full.shape == (1, 11, 13) and (full == -1).all()
+    assert full.shape == (1, 11, 13)
+    torch.testing.assert_close(full, torch.full_like(full, -1))
     assert cf.full_size(masks, (11, 13), 4, (22, 26)).shape == (1, 22, 26)
 
 
@@ -842,16 +874,18 @@ def test_points_are_drawn_where_a_mask_is_uncertain():
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_each_head_learns_one_batch_by_heart(task):
-    torch.manual_seed(0)
+def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
+    # Half as wide and as deep as nano: this takes seconds, and boxes still reach an IoU of 0.9 and maps 0.95.
+    small = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 128), dim=64, levels=(1, 1))
+    monkeypatch.setitem(cf.VARIANTS, "nano", small)
     shapes = data.Shapes(100, 64, 0, "train", task)
     images, targets = data.collate([shapes[0, i] for i in (1, 2)])
     images = data.as_float(images)
     model = cf.ClusterFormer(task, "nano", len(shapes.classes), things=shapes.things).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for step in range(250):
+    for step in range(120):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 10) * (1 - step / 250)
+            group["lr"] = 4e-3 * min(1, (step + 1) / 10) * (1 - step / 120)
         loss = sum(train.dense_losses(model(images), targets, 4).values()) / sum(len(t["labels"]) for t in targets)
         optimizer.zero_grad()
         loss.backward()
@@ -2247,8 +2281,18 @@ def gradients_of_half(rank):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_two_processes_give_the_gradients_of_one_with_both_batches(tmp_path):
-    first, second = on_processes(gradients_of_half, tmp_path)
+def all_parts(rank):
+    return {part.__name__: part(rank) for part in (gradients_of_half, dense_gradients_of_half, evaluate_a_part, spoiled_on_one)}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What each of two processes returned of all_parts: to start them takes seconds, so that several tests share them."""
+    return on_processes(all_parts, tmp_path_factory.mktemp("pair"))
+
+
+def test_two_processes_give_the_gradients_of_one_with_both_batches(pair):
+    first, second = (parts["gradients_of_half"] for parts in pair)
     model = random_model()
     (keys,) = data.GlobalBatches(100, 8, 1, 0)
     loss_of(model, keys).backward()
@@ -2276,25 +2320,48 @@ def dense_gradients_of_half(rank):
     return dense_gradients([range(3), range(3, 6)][rank], 2)
 
 
-def test_two_processes_divide_the_losses_by_the_targets_of_both(tmp_path):
-    first, second = on_processes(dense_gradients_of_half, tmp_path)
+def test_two_processes_divide_the_losses_by_the_targets_of_both(pair):
+    first, second = (parts["dense_gradients_of_half"] for parts in pair)
     for name, expected in dense_gradients(range(6)).items():
         torch.testing.assert_close(first[name], expected, atol=1e-4, rtol=1e-3)
         assert torch.equal(first[name], second[name])
 
 
+class Pixels(torch.nn.Module):
+    """A classifier whose logits are pixels, which no batch size rounds otherwise."""
+
+    task = "cls"
+
+    def forward(self, images):
+        return {"logits": images.flatten(1)[:, ::400]}
+
+
+def metrics_of_all(batch_size, **arguments):
+    cls = evaluation.evaluate(Pixels(), data.Shapes(101, 32, 0, "val"), CPU, batch_size)
+    dense = {task: dense_metrics(task, half_right, length=11, batch_size=batch_size, per_class=True, **arguments) for task in DENSE}
+    return dense | dict(cls=cls)
+
+
 def evaluate_a_part(rank):
-    return evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=7)
+    return metrics_of_all(3)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_evaluation_on_several_processes_is_exact(tmp_path, count):
-    expected = evaluation.evaluate(random_model(), data.Shapes(101, 32, 0, "val"), torch.device("cpu"), batch_size=64)
-    assert expected["images"] == 101
-    assert on_processes(evaluate_a_part, tmp_path, count) == [expected] * count
+def test_evaluation_on_several_processes_is_exact(tmp_path, request, count):
+    if count == 3:
+        slow()
+        parts = on_processes(evaluate_a_part, tmp_path, 3)
+    else:
+        parts = [parts["evaluate_a_part"] for parts in request.getfixturevalue("pair")]
+    expected = metrics_of_all(7)
+    assert expected["cls"]["images"] == 101
+    assert all(0.1 < expected[task][evaluation.METRIC[task]] < 0.9 for task in DENSE)
+    assert repr(metrics_of_all(11, workers=2)) == repr(expected)  # to the last bit; and nan is nan
+    assert [repr(part) for part in parts] == [repr(expected)] * count
 
 
 def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
+    slow()
     monkeypatch.setitem(benchmark.PEERS, "nano", ())
     rows = benchmark.benchmark("nano", "cls", (64, 64), 2, torch.device("cpu"), rounds=2)
     model = cf.ClusterFormer("cls", "nano")
@@ -2651,8 +2718,11 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, capsys, task):
     (_, image, size), _ = evaluation.images_of([tmp_path / "photos", tmp_path / "b c.jpg"], task, 64)
     (answer,) = model.predict([image], [size])
     if task in ("cls", "det", "inst"):
-        assert [x["name"] for x in a["found"]] == [list(data.THINGS)[c] for c in answer["labels"]]
         assert [x["score"] for x in a["found"]] == pytest.approx(answer["scores"].tolist(), abs=1e-5)
+        written = sorted((x["name"], x["score"]) for x in a["found"])  # by name: rounding ranks scores that are nearly equal
+        expected = sorted((list(data.THINGS)[c], s.item()) for c, s in zip(answer["labels"], answer["scores"]))
+        assert [name for name, _ in written] == [name for name, _ in expected]
+        assert [score for _, score in written] == pytest.approx([score for _, score in expected], abs=1e-5)
     if task in ("inst", "sem", "pan"):
         for x in a["found"]:
             mask = mask_utils.decode(x["mask"])
@@ -2717,19 +2787,6 @@ def test_beside_figures_on_the_papers_data_stand_the_papers(capsys):
     assert capsys.readouterr().out == "mIoU 0.500, pixel accuracy 0.800 of 2000 images (the paper's Small: 0.524)\n"
 
 
-def dense_metrics_of_a_part(rank):
-    return {task: dense_metrics(task, half_right, length=11, batch_size=3, per_class=True) for task in DENSE}
-
-
-def test_dense_evaluation_on_three_processes_is_exact(tmp_path):
-    expected = {task: dense_metrics(task, half_right, length=11, batch_size=7, per_class=True) for task in DENSE}
-    assert all(0.1 < expected[task][evaluation.METRIC[task]] < 0.9 for task in DENSE)
-    loaded = {task: dense_metrics(task, half_right, length=11, batch_size=11, per_class=True, workers=2) for task in DENSE}
-    assert repr(loaded) == repr(expected)
-    for part in on_processes(dense_metrics_of_a_part, tmp_path, 3):
-        assert repr(part) == repr(expected)  # to the last bit; and nan is nan
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Training and evaluating from the command line
 # ---------------------------------------------------------------------------------------------------------------
@@ -2756,26 +2813,34 @@ def short_epochs(monkeypatch):
     monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(40, 32, 0, "val"))
 
 
-def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys):
+def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    call(train, capsys, *QUICK[:-2], "--epochs", 1, "--workers", 1, "--out", out)
+    monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(2500, *rest))
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "validation_set", lambda *_: data.Shapes(400, 32, 0, "val"))
+    call(train, capsys, *QUICK[:4], "--batch-size", 25, "--epochs", 1, "--workers", 1, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["top1"] >= 0.3 and metrics["images"] == 2000  # chance is 0.125
+    assert metrics["top1"] >= 0.3 and metrics["images"] == 400  # chance is 0.125 +- 0.017; three seeds gave 0.44 to 0.46
     (line,) = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 130
-    printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", "--json", tmp_path / "figures.json")
+    assert line["top1"] == metrics["top1"] and line["epoch"] == 1 and line["step"] == 100
+    again = ["--batch-size", 25, "--json", tmp_path / "figures.json"]  # in the same batches, which round the same
+    printed = call(evaluation, capsys, "--checkpoint", out / "best.pt", *again)
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
 
-def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, short_epochs):
+def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, monkeypatch, short_epochs):
+    # Adam's first steps would magnify rounding, and hide a gradient of the wrong length, as clipping would.
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups, 0.0))
+    arguments = [*QUICK, "--epochs", 1, "--lr", 0.1, "--clip", 0, "--mixup", 0.8]
     for accumulate in (1, 5):
-        call(train, capsys, *QUICK, "--epochs", 1, "--accumulate", accumulate, "--mixup", 0.8, "--out", tmp_path / str(accumulate))
+        call(train, capsys, *arguments, "--accumulate", accumulate, "--out", tmp_path / str(accumulate))
     a, b = (torch.load(tmp_path / name / "last.pt")["model"] for name in ("1", "5"))
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)  # Adam's first steps magnify rounding
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
 
 
 def test_training_two_processes_under_torchrun(tmp_path, folder):
+    slow()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "train.py", "--data", folder, "--variant", "nano", "--image-size", 32]
     command += ["--epochs", 2, "--warmup-epochs", 1, "--batch-size", 8, "--accumulate", 2, "--workers", 1, "--out", tmp_path / "run"]
@@ -2864,9 +2929,31 @@ def short_run(task, folder):
             "--workers", 1]
 
 
+def test_broken_off_in_a_step_and_in_a_write_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, capsys, monkeypatch):
+    """In this process; below processes are killed."""
+    arguments = short_run("cls", tmp_path / "files")
+    call(train, capsys, *arguments, "--out", tmp_path / "whole")
+    out = tmp_path / "broken"
+    for module, name, last in [(train, "losses_of", 5), (os, "fsync", 7)]:
+
+        def broken(*arguments, right=getattr(module, name), calls=itertools.count(1)):
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return right(*arguments)
+
+        before = step_of(out)
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            patched.setattr(module, name, broken)
+            call(train, capsys, *arguments, "--out", out, "--resume", "--checkpoint-every", 0)
+        assert before < step_of(out) < 18
+    assert "goes on after step" in call(train, capsys, "--out", out, "--resume")
+    assert_same_end(tmp_path / "whole", out)
+
+
 @pytest.mark.parametrize("task, processes", [("cls", 1), ("det", 2)])
 def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, task, processes):
     """Twice; KILLS=20 in the environment: that many times."""
+    slow()
     arguments = short_run(task, tmp_path / "files")
     assert start(processes, *arguments, "--out", tmp_path / "whole").wait() == 0
     out, rng = tmp_path / "killed", random.Random(0)
@@ -2885,6 +2972,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(
 
 
 def test_asked_to_stop_all_processes_finish_the_step_and_one_goes_on(tmp_path):
+    slow()
     arguments = [*short_run("cls", tmp_path / "files"), "--epochs", 200]
     out = tmp_path / "run"
     run = start(2, *arguments, "--out", out, "--checkpoint-every", 0)
@@ -2910,15 +2998,19 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short
     assert "goes on after step 4\n4 processes before, 1 now: every step sees the same images" in printed
 
 
-def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, capsys):
     arguments, out = short_run("cls", tmp_path / "files"), tmp_path / "run"
-    assert start(1, *arguments, "--epochs", 1, "--out", out).wait() == 0
+    call(train, capsys, *arguments, "--epochs", 1, "--out", out)
     before = (out / "last.pt").read_bytes()
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # no file may grow beyond a megabyte
-    run = start(1, "--out", out, "--resume", "--epochs", 2, preexec_fn=full)
-    _, errors = run.communicate()
-    message = errors.splitlines()[-1]
-    assert run.returncode == 1 and message.startswith(f"train.py: error: {out}/last.pt: cannot be written ("), errors
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # no file may grow beyond a megabyte
+    try:
+        with pytest.raises(SystemExit) as stop:
+            call(train, capsys, "--out", out, "--resume", "--epochs", 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(stop.value)
+    assert message.startswith(f"train.py: error: {out}/last.pt: cannot be written (") and "\n" not in message
     assert "the last whole one is still there" in message
     assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
     cf.load_checkpoint(out / "last.pt")
@@ -2947,13 +3039,13 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(tmp_path
 
 def spoiled_on_one(rank):
     """Weights after four steps, of which the second has no finite loss on one of two processes."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as out:
         monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(40, *rest))
         monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(4, 32, 0, "val"))
         monkeypatch.setattr(train, "start_processes", lambda: (rank, 2, torch.device("cpu")))
         monkeypatch.setattr(train, "evaluate", lambda *_: dict(top1=0.0, top5=0.0, images=4))
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, QUICK[:4]), "--batch-size", "10", "--epochs", "1", "--workers", "0",
-                                          "--out", os.environ["SPOILED"]])
+                                          "--out", out])
         states = []
         monkeypatch.setattr(train, "save", lambda *_: None)
         get = train.get_ema_multi_avg_fn
@@ -2964,9 +3056,8 @@ def spoiled_on_one(rank):
     return len(states), [value.detach() for value in states[-1]]
 
 
-def test_all_processes_skip_the_step_in_which_one_has_no_finite_loss(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPOILED", str(tmp_path / "run"))
-    (first, weights), (second, others) = on_processes(spoiled_on_one, tmp_path)
+def test_all_processes_skip_the_step_in_which_one_has_no_finite_loss(pair):
+    (first, weights), (second, others) = (parts["spoiled_on_one"] for parts in pair)
     assert first == second == 3
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(weights, others))
 
@@ -2983,6 +3074,7 @@ def test_without_a_finite_loss_the_run_stops_and_its_checkpoint_is_from_before(t
 
 
 def test_when_one_process_dies_the_other_does_not_wait_for_it(tmp_path):
+    slow()
     out = tmp_path / "run"
     run = start(2, *short_run("cls", tmp_path / "files"), "--epochs", 500, "--out", out, "--checkpoint-every", 0)
     wait_for(lambda: step_of(out) > 0)
@@ -3035,7 +3127,7 @@ def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch,
     names |= {"mask", "dice", "pixel"} if "masks" in KEYS[task] else set()
     parts = [value for name, value in lines[0].items() if name.startswith("loss_")]
     assert {f"loss_{name}" for name in names} <= lines[0].keys() and sum(parts) == pytest.approx(lines[0]["loss"])
-    printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--json", tmp_path / "figures.json", "--batch-size", 2)
+    printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--json", tmp_path / "figures.json", "--batch-size", 8)
     saved, figures = (json.loads(path.read_text()) for path in (out / "metrics.json", tmp_path / "figures.json"))
     assert saved.keys() == figures.keys()
     for name in saved:
@@ -3441,9 +3533,11 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(loss) for loss in losses.values()) and len(names["detector"].eval()([torch.rand(3, 64, 64)])) == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", ".github/benchmark.py"])
-def test_help_explains_every_flag(script):
-    text = subprocess.run([sys.executable, script, "--help"], cwd=HERE, capture_output=True, text=True).stdout
+@pytest.mark.parametrize("script", [train, evaluation, benchmark])
+def test_help_explains_every_flag(capsys, script):
+    with pytest.raises(SystemExit):
+        call(script, capsys, "--help")
+    text = capsys.readouterr().out
     for line in text.splitlines():
         if line.startswith("  --"):
             assert len(line.split()) > 1, line
