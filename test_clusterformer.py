@@ -2828,6 +2828,23 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys, monkeypatch
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
 
+def test_between_evaluations_the_log_has_the_loss_only_and_the_best_stays(tmp_path, capsys, short_epochs, monkeypatch):
+    figures, out = iter([0.5, 0.75, 0.25]), tmp_path / "run"
+    monkeypatch.setattr(train, "evaluate", lambda *_: dict(top1=next(figures), top5=1.0, images=1))
+    printed = call(train, capsys, *QUICK, "--epochs", 5, "--evaluate-every", 2, "--out", out)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line.get("top1") for line in log] == [None, 0.5, None, 0.75, 0.25]  # always after the last
+    assert all(math.isfinite(line["loss"]) for line in log) and printed.count("images/s") == 5
+    assert torch.load(out / "best.pt")["step"] == log[3]["step"] and json.loads((out / "metrics.json").read_text())["top1"] == 0.25
+
+
+def test_how_often_is_evaluated_is_a_matter_of_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments, epochs in [("", 1), ("--data D", 1), ("--task sem", 1), ("--task sem --data D", 5), ("--task pan --data D", 5)]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
+        assert train.parse_settings()["evaluate_every"] == epochs
+
+
 def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, monkeypatch, short_epochs):
     # Adam's first steps would magnify rounding, and hide a gradient of the wrong length, as clipping would.
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups, 0.0))
