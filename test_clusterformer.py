@@ -3324,7 +3324,8 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, rehearsed, task
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun kills after 30 s; on a CPU a step may take longer
     out = tmp_path / "run"
     write_scenes(tmp_path / "files", task, [(480, 640), (640, 480), (427, 640), (500, 375)])
-    run = start(2, "--task", task, "--data", tmp_path / "files", "--batch-size", 2, "--epochs", 2, "--workers", 1, "--out", out)
+    files = ["--data", tmp_path / "files", "--batch-size", 2, "--epochs", 2, "--evaluate-every", 1]
+    run = start(2, "--task", task, *files, "--workers", 1, "--out", out)
     written = []
     try:
         for name in ("last.pt", "log.jsonl"):  # written before the evaluation, and after it
