@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 from torchvision.transforms import v2
 
 import clusterformer as cf
@@ -598,6 +598,53 @@ def test_a_prior_is_added_to_the_similarity_as_the_log_of_a_gaussian_over_a_quar
     torch.testing.assert_close(M[0], expected / expected.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("pixels", [6, 12, 24, 48])
+def test_the_prior_of_a_small_box_is_near_it_on_a_coarse_map(pixels):
+    """Of 1024 pixels, at stride 32, where a quarter of such a box may lie between the middles of all tokens."""
+    boxes = torch.cat([torch.rand(1, 200, 2), torch.full((1, 200, 2), pixels / 1024)], -1)
+    prior = cf.place_prior(boxes, cf.layout_of(32, 32))[:, 0].mT.exp()  # (4, 200, N)
+    y, x = torch.meshgrid((torch.arange(32) + 0.5) / 32, (torch.arange(32) + 0.5) / 32, indexing="ij")
+    far = torch.maximum((x.flatten() - boxes[0, :, :1]).abs(), (y.flatten() - boxes[0, :, 1:2]).abs()) > 2.5 / 32
+    assert ((prior * far).sum(-1) < 0.05 * prior.sum(-1)).all()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_prior_of_a_mask_is_the_log_of_its_mean_over_a_token(step):
+    masks = 8 * torch.randn(2, 3, 10, 13)
+    sizes = torch.tensor([[10, 13], [7, 9]])
+    priors = cf.mask_prior(masks, cf.layout_of(10, 13, sizes), step)
+    for mask, prior, (height, width) in zip(masks, priors, sizes.tolist()):
+        prior = prior.T.view(3, -(-10 // step), -(-13 // step))
+        for i, j in itertools.product(range(-(-height // step)), range(-(-width // step))):
+            mean = mask[:, :height, :width][:, i * step : (i + 1) * step, j * step : (j + 1) * step].mean((1, 2)).double()
+            torch.testing.assert_close(prior[:, i, j].double(), -(1 + (-mean).exp()).log().clamp(max=10), atol=1e-4, rtol=1e-4)
+
+
+def test_later_layers_gather_where_the_last_mask_is():
+    """The first layer knows boxes only; a later one also the mask that its center had after the layer before."""
+    model, seen = random_dense("inst"), []
+    for layer in model.decoder.layers:
+        layer.cluster.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[5]))
+    output = model(torch.rand(1, 3, 96, 96))
+    boxes = [answer["boxes"] for answer in output["aux"]]
+    masks = [answer["masks"] for answer in output["aux"]]
+    layout, finest = cf.layout_of(12, 12), cf.layout_of(24, 24)
+    for i, prior in enumerate(seen):
+        expected = cf.place_prior(boxes[i], layout)
+        expected = expected + cf.mask_prior(masks[i], finest, 2) if i else expected
+        torch.testing.assert_close(prior, expected)
+    assert len(seen) == 3
+
+
+def test_a_scale_beyond_its_limit_still_learns():
+    module = random_clustering().train()
+    module.log_temperature.data.fill_(math.log(80.0))
+    C, _ = module(torch.randn(2, 6, 12).double(), torch.randn(2, 20, 12).double())
+    C.square().sum().backward()
+    torch.testing.assert_close(module.log_temperature.exp(), torch.full_like(module.log_temperature, 50.0))
+    assert module.log_temperature.grad.abs().min() > 0
+
+
 def test_probabilities_are_shared_with_none_whose_logit_is_0():
     logits = torch.tensor([[0.0, math.log(2), -torch.inf], [-100.0, -100.0, -100.0]])
     torch.testing.assert_close(cf.class_probability(logits), torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))
@@ -658,6 +705,13 @@ def test_outlines_are_undecided_beyond_the_image():
     layout = cf.layout_of(8, 8, torch.tensor([[8, 8], [8, 4]]))  # the second image ends after four columns
     for outline in cf.outlines(full, boxes, layout).view(2, 12, 12):
         assert (outline[:, :8] - 0.5).abs().max() < 1e-5 and outline[:, -1].max() < 0.3
+
+
+def test_generalized_overlap_is_that_of_torchvision():
+    a, b = (box_convert(torch.rand(n, 4, dtype=torch.float64), "cxcywh", "xyxy") for n in (7, 5))
+    iou, giou = cf.box_overlap(a[:, None], b)
+    torch.testing.assert_close(iou, box_iou(a, b))
+    torch.testing.assert_close(giou, generalized_box_iou(a, b))
 
 
 def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
