@@ -630,7 +630,7 @@ def overlaps(boxes):
 class DecoderLayer(nn.Module):
     """Centers look at one map, then at each other.
 
-        C, M = cluster(norm(C), I)         with a prior: the pixels of a center lie where its box says, a quarter a head
+        C, M = cluster(norm(C), I)         with a prior: a center's pixels lie in its box, a quarter a head, and in its mask
         C = C + attention(norm(C))         biased by the overlap of boxes: who else speaks for this object?
         C = C + FFN(C)
     """
