@@ -873,7 +873,7 @@ def semantic_labels(probability, masks):
         return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
 
 
-def panoptic_segments(probability, masks, things, threshold=0.1, overlap=0.6):
+def panoptic_segments(probability, masks, things, threshold=0.25, overlap=0.6):
     """Every pixel's segment: things one a center, stuff one a class.
 
     Of the centers surer than `threshold` of a class, each pixel goes to the one whose probability times mask is largest.
@@ -1030,7 +1030,8 @@ class ClusterFormer(nn.Module):
                     scores, labels, centers = (scores * quality[centers])[order], labels[order], centers[order]
                     answer["masks"] = inside[centers]
                 pixels = torch.tensor([size[1], size[0]] * 2, device=boxes.device)
-                answers.append({"scores": scores, "labels": labels, "boxes": corners(boxes[centers]).clamp(0, 1) * pixels} | answer)
+                boxes = corners(boxes[centers]).clamp(0, 1) * pixels
+                answers.append({"scores": scores, "labels": labels, "boxes": boxes} | answer)
         return answers
 
 

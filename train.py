@@ -104,7 +104,7 @@ def parse_settings():
     )
     tasks = "cls: classes of images; det: boxes; inst: boxes and masks; sem: classes of pixels; pan: of things and stuff"
     parser.add_argument("--task", choices=TASKS, help=f"{tasks} (default: cls)")
-    layouts = "cls: train/<class>/ and val/<class>/; det, inst, pan: COCO's layout; sem: ADE20K's"
+    layouts = "cls: train/<class>/ and val/<class>/; det, inst, pan: COCO's layout, or its common export; sem: ADE20K's"
     parser.add_argument("--data", metavar="DIR", help=f"folder of images and labels; {layouts} (default: draw shapes)")
     parser.add_argument("--out", metavar="DIR", help="where checkpoints and log go (default: runs/TASK)")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, with its settings, if it is there")
