@@ -28,7 +28,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, box_iou, generalized_box_iou

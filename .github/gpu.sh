@@ -58,7 +58,7 @@ print(f"loss {line['loss']:.2f}, {name} {line[name]:.3f} | {sys.argv[2]} | {line
 END
 }
 
-part tests 90 "$python" -m pytest -q -p no:cacheprovider -k on_a_gpu "$root"
+part tests 120 "$python" -m pytest -q -p no:cacheprovider -k on_a_gpu "$root"
 part cls 45 "$python" "$root/train.py" --task cls --out "$tmp/cls"
 for task in det inst sem pan; do # one epoch, of larger batches than usual: such small images wait for the CPU otherwise
     part $task 60 "$python" "$root/train.py" --task $task --epochs 1 --batch-size 32 --out "$tmp/$task"
