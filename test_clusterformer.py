@@ -361,6 +361,18 @@ def test_compiled_without_graph_breaks_it_gives_the_same(monkeypatch, backend):
         torch.testing.assert_close(compiled, model(image)["logits"], atol=1e-4, rtol=1e-4)
 
 
+def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(monkeypatch):
+    monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))
+    image, gradients = torch.rand(2, 3, 64, 48), []
+    for compiled in (False, True):
+        model = random_model().train()
+        model.head.cluster.log_temperature.data.fill_(math.log(80.0))  # the step writes its limit into the parameter
+        runner = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        runner(image)["logits"].square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
 def test_exported_it_gives_the_same_for_any_batch(monkeypatch):
     monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))
     model = random_model()
