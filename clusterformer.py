@@ -104,17 +104,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# depths, channels: of the four stages; those of tiny and small are Swin-T's and Swin-S's (Paper), and
-# nano is ours, for CPUs and small images.  dim: channels of neck and decoder.  levels: the map that
-# each decoder layer clusters, 1, 2, 3 for strides 8, 16, 32.  drop_path: for full-scale training.
+# depths, channels: of the four stages; tiny and small have those of Swin-T and Swin-S (Paper), nano is
+# ours, for CPUs and small images.  dim: channels of neck and decoder.  levels: the map that each
+# decoder layer clusters, 1, 2, 3 for strides 8, 16, 32.  drop_path: for training at full scale.
+TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
     "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
-    "tiny": dict(
-        depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2
-    ),
-    "small": dict(
-        depths=(2, 2, 18, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.3
-    ),
+    "tiny": TINY,
+    "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
 VERSION = 3  # of the weights: raised when older weights have other names or give other results
 HEAD_DIM = 64  # channels per head; a stage with fewer has one head
