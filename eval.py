@@ -38,7 +38,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from clusterformer import cells_of, layout_of, load_checkpoint
+from clusterformer import VERSION, ClusterFormer, make_layout, trace
 from data import (
     Ade,
     Coco,
@@ -82,6 +82,30 @@ def default_workers():
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
+
+
+def load_checkpoint(path):
+    """The model that train.py has saved, with averaged weights, in evaluation mode on the CPU; and the whole checkpoint.
+
+    Raises InputError if the file is not a whole checkpoint of train.py, or its weights are of another version.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # a file cannot run code
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # a broken archive raises any of half a dozen exceptions
+        raise InputError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "ema", "settings", "classes"} <= checkpoint.keys():
+        raise InputError(f"{path}: not a checkpoint of train.py: it has no model, ema, settings and classes")
+    version = checkpoint.get("version", 1)  # the first version did not record it
+    if version != VERSION:
+        raise InputError(f"{path}: its weights are of version {version}, this code needs version {VERSION}; train anew")
+    try:
+        model = ClusterFormer(**checkpoint["arguments"])
+        model.load_state_dict(checkpoint["ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: the weights do not fit
+        raise InputError(f"{path}: not a whole checkpoint of train.py ({' '.join(str(error).split())})") from error
+    return model.eval(), checkpoint
 
 
 def validation_set(data, image_size, task="cls", classes=None):
@@ -538,24 +562,32 @@ def regions_of(assignment, map_size, image, stride):
     return regions[: image.shape[1], : image.shape[2]]
 
 
+def grid_assignment(height, width, device=None):
+    """The grid cells of a map as clusters: (1, K, N), the weight of each token in the mean of each cell."""
+    layout = make_layout(height, width, device=device)
+    return (layout.row_pool[:, :, None, :, None] * layout.column_pool[:, None, :, None]).flatten(3).flatten(1, 2)
+
+
 def cluster_panels(model, image):
-    """What the backbone's clusters are: the last block of each stage, and one block's rounds.  image: float (3, H, W)."""
-    trace = []
+    """The clusters of the last block of each stage, and the iterations of one block.  image: float (3, H, W)."""
     with torch.no_grad():
-        model([image], trace)
+        entries = trace(model, [image])
     picture = shown(image.cpu(), 320)
 
     def panel(title, assignment, map_size, stride):
-        return title, painted(picture, enlarged(regions_of(assignment, map_size, image, stride).cpu(), picture.shape[1:]))
+        regions = enlarged(regions_of(assignment, map_size, image, stride).cpu(), picture.shape[1:])
+        return title, painted(picture, regions)
 
-    last = {entry["stage"]: entry for entry in trace}  # of each stage the last block
+    stages = range(len(model.backbone.strides))
+    last = [[x for x in entries if x["name"].startswith(f"backbone.stages.{i}.")][-1] for i in stages]
     rows = [[("image", functional.to_pil_image(picture))], []]
-    for stage, stride in enumerate(model.backbone.strides):
-        M = last[stage]["assignments"][-1][0]
-        rows[0].append(panel(f"stride {stride}: {M.shape[1]} clusters", M, last[stage]["size"], stride))
+    for stride, block in zip(model.backbone.strides, last):
+        M = block["assignments"][-1][0]
+        rows[0].append(panel(f"stride {stride}: {M.shape[1]} clusters", M, block["size"], stride))
     stride, block = model.backbone.strides[1], last[1]
-    rounds = [cells_of(layout_of(*block["size"])), *(M[0] for M in block["assignments"])]
-    return [rows[0], [panel(f"stride {stride}, t = {t}", M, block["size"], stride) for t, M in enumerate(rounds)]]
+    steps = [grid_assignment(*block["size"]), *(M[0] for M in block["assignments"])]
+    titles = [f"stride {stride}: C(0), the grid", *(f"M({t})" for t in range(len(steps) - 1))]
+    return [rows[0], [panel(title, M, block["size"], stride) for title, M in zip(titles, steps)]]
 
 
 def explain(model, image, weights):
@@ -566,18 +598,19 @@ def explain(model, image, weights):
     bias plus the sum of the shares.  Exact for the weights of the means as they are: how the image moves the weights, and how
     the backbone made the tokens, it does not say.
     """
-    trace, head = [], model.head
+    head = model.head
     with torch.no_grad():
-        value = model([image], trace)["logits"][0] @ weights
-        C, tokens, size = trace[-1]["centers"][-1][0], trace[-1]["tokens"][0], trace[-1]["size"]  # (K, D), (N, D)
-        # What a number in a center counts: the norm takes the mean off, divides by the deviation, multiplies by its weight.
+        value = model([image])["logits"][0] @ weights
+        entry = trace(model, [image])[-1]  # the head's clustering
+        C, tokens, size = entry["centers"][-1][0], entry["tokens"][0], entry["size"]  # (K, D), (N, D)
+        # What a channel of a center counts.  The norm subtracts the mean, divides by the deviation, multiplies by its weight.
         w = weights @ head.classifier.weight * head.center_norm.weight  # (D,)
         w = (w - w.mean()) / (C.var(1, correction=0, keepdim=True) + head.center_norm.eps).sqrt() / len(C)  # (K, D)
-        shares = cells_of(layout_of(*size, device=image.device))[0] * (w @ tokens.T)  # (K, N), of C(0)
-        values, W = trace[-1]["values"][0], sum(trace[-1]["weights"])[0]  # (h, N, d), (h, K, N), all rounds together
-        w = w.unflatten(1, (-1, len(values))).permute(2, 0, 1)  # (h, K, d): head j gathers channels j, j + h, ...
-        shares = shares + (W * (w @ values.transpose(1, 2))).sum(0)
-    return value.item(), (weights @ head.classifier(head.center_norm.bias)).item(), shares.unflatten(1, size)
+        contributions = grid_assignment(*size, image.device)[0] * (w @ tokens.T)  # (K, N), through C(0)
+        values, W = entry["values"][0], sum(entry["weights"])[0]  # (h, N, d), (h, K, N), over all iterations
+        w = w.unflatten(1, (-1, len(values))).permute(2, 0, 1)  # (h, K, d): head j collects channels j, j + h, ...
+        contributions = contributions + (W * (w @ values.transpose(1, 2))).sum(0)
+    return value.item(), (weights @ head.classifier(head.center_norm.bias)).item(), contributions.unflatten(1, size)
 
 
 def explanation_panels(model, image, names, chosen):
@@ -704,10 +737,7 @@ def main():
         raise InputError(f"--image-size must be at least 32, got {args.image_size}")
 
     rank, world_size, device = start_processes()
-    try:
-        model, checkpoint = load_checkpoint(args.checkpoint)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    model, checkpoint = load_checkpoint(args.checkpoint)
     settings, classes = checkpoint["settings"], list(checkpoint["classes"])
     task, save = model.task, args.save_predictions
     if task == "cls" and (save or args.per_class):

@@ -32,22 +32,11 @@ from collections import Counter
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from clusterformer import (
-    TASKS,
-    VARIANTS,
-    VERSION,
-    ClusterFormer,
-    box_overlap,
-    class_probability,
-    corners,
-    load_checkpoint,
-    to_device,
-)
+from clusterformer import TASKS, VARIANTS, VERSION, ClusterFormer
 from data import (
     Ade,
     Coco,
@@ -65,11 +54,12 @@ from data import (
     mix,
     train_transform,
 )
-from eval import METRIC, default_workers, describe, evaluate, run, start_processes, validation_set
+from eval import METRIC, default_workers, describe, evaluate, load_checkpoint, run, start_processes, validation_set
 
 # flag: (cls on shapes, cls, dense tasks on shapes, COCO, ADE20K, smallest value, explanation)
 RECIPES = {
     "variant": ("nano", "tiny", "nano", "tiny", "tiny", None, "size of the model: " + ", ".join(VARIANTS)),
+    "iterations": (3, 3, 3, 3, 3, 1, "T, EM iterations of each clustering"),
     "patch_size": (4, 4, 4, 4, 4, None, "pixels a side of the smallest token: 4, or 2 for images of about 32 pixels"),
     "image_size": (48, 224, 96, 1024, 512, 32, "pixels a side of training images; of larger ones, dense tasks see a part"),
     "test_size": (None, None, None, 800, 512, 32, "dense tasks on files: pixels of the short side in evaluation"),
@@ -92,7 +82,6 @@ RECIPES = {
     "ema": (0.995, 0.9999, 0.995, 0.9999, 0.9999, 0.0, "decay of the averaged weights, reached gradually; they are evaluated"),
 }
 COLUMNS = ("cls on shapes", "cls on files", "dense on shapes", "COCO", "ADE20K")
-DROP_PATH = {"nano": 0.0, "tiny": 0.2, "small": 0.3}
 BELOW_ONE = ("drop_path", "smoothing", "ema")
 CLS_ONLY = ("smoothing", "mixup", "cutmix", "randaugment", "erasing")
 
@@ -128,7 +117,7 @@ def parse_settings():
     last = os.path.join(flags["out"], "last.pt")
     base = {}
     if flags.get("resume") and os.path.exists(last):
-        base = read_checkpoint(last)[1]["settings"]
+        base = load_checkpoint(last)[1]["settings"]
     elif os.path.exists(last) and not flags.get("resume"):
         raise InputError(f"{last} exists: --resume goes on with that run, --out DIR starts another one elsewhere")
     data = flags.get("data", base.get("data"))
@@ -150,7 +139,7 @@ def parse_settings():
     if settings["patch_size"] not in (2, 4):
         raise InputError(f"--patch-size must be 2 or 4, got {settings['patch_size']}")
     if settings["drop_path"] is None:
-        settings["drop_path"] = DROP_PATH[settings["variant"]]
+        settings["drop_path"] = VARIANTS[settings["variant"]]["drop_path"]
     minimum = {name: row[-2] for name, row in RECIPES.items()} | dict(accumulate=1, workers=0, seed=0)
     minimum["checkpoint_every"] = 0.0
     for name, least in minimum.items():
@@ -162,13 +151,6 @@ def parse_settings():
     if "lr" not in flags and "lr" not in base:
         settings["lr"] *= settings["batch_size"] / RECIPES["batch_size"][column]
     return settings
-
-
-def read_checkpoint(path):
-    try:
-        return load_checkpoint(path)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def training_set(settings):
@@ -184,7 +166,7 @@ def training_set(settings):
 
 def take_weights(model, path, rank):
     """Loads what fits by name and shape from a checkpoint's averaged weights, and says what did not."""
-    theirs, ours = read_checkpoint(path)[1]["ema"], model.state_dict()
+    theirs, ours = load_checkpoint(path)[1]["ema"], model.state_dict()
     fitting = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
     if not any(name.startswith("backbone.stages") for name in fitting):
         raise InputError(f"{path}: no weight of its backbone fits this model; give the --variant it was trained with")
@@ -208,218 +190,6 @@ def parameter_groups(model, weight_decay, backbone_rate):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Losses.  All are sums: what they are divided by, the images or targets of the global batch, no process knows alone
-# ---------------------------------------------------------------------------------------------------------------
-REPEATS = 6, 4, 2  # centers that a target has in the first layers; in the others, and always in the last, one
-WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)  # all but the last as DETR, Mask2Former, MaskDINO
-NONE = 0.1  # weight of a center without a target, which shall say so: there are a dozen and more of them for one that has
-POINTS = 12_544  # at which a mask is compared: all 65,536 of a 1024 x 1024 image would take five times the memory
-
-
-def points_of(masks):
-    """How many points a mask is compared at: POINTS from 512 x 512 pixels on, a quarter of its pixels below.
-
-    masks: (..., h, w), at stride 4.
-    """
-    pixels = masks.shape[-2] * masks.shape[-1]
-    return POINTS if pixels >= 128 * 128 else pixels // 4
-
-
-def assign(cost):
-    """The cheapest way to give every row a column of its own, by shortest augmenting paths (Jonker, Volgenant, 1987).
-
-    cost: float64 NumPy (n, m), n <= m.  Returns the columns of the rows, int64 (n,).
-    Rows are targets, of which an image has a few; so the loop is over rows, and NumPy does a row of columns at a time.
-    """
-    n, m = cost.shape
-    if not np.isfinite(cost).all():
-        return np.arange(n)  # whatever it is: the loss will not be finite either
-    row_price, column_price = np.zeros(n), np.zeros(m)
-    owner = np.full(m, -1)  # the row that has each column
-    for row in range(n):
-        distance, before, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
-        column, at, travelled = -1, row, 0.0
-        while True:  # Dijkstra's search for the nearest free column; stepping onto a taken one goes on from its owner
-            step = travelled + cost[at] - row_price[at] - column_price
-            nearer = ~done & (step < distance)
-            distance[nearer], before[nearer] = step[nearer], column
-            column = int(np.where(done, np.inf, distance).argmin())
-            done[column], travelled, at = True, distance[column], owner[column]
-            if at < 0:
-                break
-        passed = done & (distance < travelled)
-        row_price[row] += travelled
-        row_price[owner[passed]] += travelled - distance[passed]
-        column_price[passed] += distance[passed] - travelled
-        while column >= 0:  # everyone on the path moves on by one
-            previous = before[column]
-            owner[column] = row if previous < 0 else owner[previous]
-            column = previous
-    columns = np.full(n, -1)
-    columns[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
-    return columns
-
-
-def sample(maps, points, reach=(1.0, 1.0)):
-    """Values of maps at points, bilinear.
-
-    maps: (n, h, w).  points: (n or 1, P, 2) float, x and y in fractions of an image, of whose height and width the maps cover
-    `reach` times: they may be larger, by padding.  Returns (n, P).
-    """
-    grid = torch.stack([points[..., 0] * (2 / reach[1]) - 1, points[..., 1] * (2 / reach[0]) - 1], -1)
-    if not len(maps):
-        return maps.new_zeros(0, points.shape[1])
-    if len(points) == 1:  # the same points in all maps: they are channels of one
-        return F.grid_sample(maps[None], grid[:, None], padding_mode="border", align_corners=False)[0, :, 0]
-    return F.grid_sample(maps[:, None], grid[:, None], padding_mode="border", align_corners=False)[:, 0, 0]
-
-
-def reach_of(masks, truth, stride):
-    """How many times the height and width of an image's own masks (n, H, W) the padded masks (m, h, w) at a stride cover."""
-    return [stride * padded / real for padded, real in zip(masks.shape[1:], truth.shape[1:])]
-
-
-def uncertain_points(logits, count, reach):
-    """Random points, (n, count, 2) in fractions of the image, three of four where a mask is least certain (Kirillov et al.,
-    PointRend, 2020): at its border, which is a small part of its pixels, and where it is wrong or right."""
-    points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
-    doubt = -sample(logits, points, reach).abs()  # (n, 3 count)
-    most = doubt.topk(3 * count // 4, dim=1).indices[..., None].expand(-1, -1, 2)
-    rest = torch.rand(len(logits), count - most.shape[1], 2, device=logits.device)
-    return torch.cat([points.gather(1, most), rest], 1)
-
-
-@torch.no_grad()
-def matching_cost(output, target, stride, things=None):
-    """What it costs to give a target a center, in all pairs: the losses below, of that target on that center.
-
-    output: answers of one image's centers, of any number of layers, (n centers, ...).  things: as in dense_losses.
-    Returns (targets, centers) float32, infinite for centers that this image of a batch of unequal ones has not got.
-    """
-    labels = target["labels"]
-    cost = -WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
-    if "boxes" in output:
-        boxes, truth = output["boxes"].float(), target["boxes"]
-        _, giou = box_overlap(corners(truth)[:, None], corners(boxes))
-        box_cost = WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1) - WEIGHTS["giou"] * giou
-        cost += box_cost if things is None else box_cost * things[labels, None]
-    if "masks" in output:
-        masks, truth = output["masks"].float(), target["masks"].float()
-        points = torch.rand(1, points_of(masks), 2, device=masks.device)
-        logits = sample(masks, points, reach_of(masks, truth, stride))  # (centers, P)
-        truth = sample(truth, points)  # (targets, P)
-        # Binary cross-entropy is softplus(x) - x y: of all pairs, one product.
-        entropy = (F.softplus(logits).sum(1) - truth @ logits.T) / logits.shape[1]
-        probability = logits.sigmoid()
-        dice = 1 - (2 * truth @ probability.T + 1) / (truth.sum(1)[:, None] + probability.sum(1) + 1)
-        cost += WEIGHTS["mask"] * entropy + WEIGHTS["dice"] * dice
-    return cost.masked_fill(output["logits"].amax(1) <= -100, torch.inf)
-
-
-def repeats(num_layers, centers, targets):
-    """How many centers a target has in each layer, of an image: never so many that most centers have one."""
-    most = max(1, centers // (2 * max(1, targets)))
-    return [min(times, most) for times in [*REPEATS, *[1] * num_layers][: num_layers - 1]] + [1]
-
-
-def match(outputs, targets, stride, things=None):
-    """Gives every target a center in each layer, and several in the first ones.
-
-    Only where an object has a single center can centers learn to leave an object to the one that has it; but several
-    centers an object are several times the gradient, and layers whose answer is not the final one can afford them.
-    An image of more targets than centers keeps the largest.
-    outputs: (B, L, K, ...), answers of L layers.  Returns, of each image, layer, center and target (of the image), int64 (m,),
-    and the weight of each match, float32 (m,): one over the number of centers that its target has in that layer.
-    """
-    L, K = outputs["logits"].shape[1:3]
-    parts = [{key: value.flatten(0, 1) for key, value in zip(outputs, of_image)} for of_image in zip(*outputs.values())]
-    costs = [matching_cost(part, target, stride, things) for part, target in zip(parts, targets)]
-    costs = torch.cat(costs).cpu().double().split([len(cost) for cost in costs])  # one copy waits for the GPU once
-    tables = []
-    for cost, target in zip(costs, targets):
-        cost = cost.unflatten(1, (L, K)).numpy()  # (n, L, K)
-        centers = np.flatnonzero(~np.isposinf(cost).any((0, 1)))
-        kept = np.arange(len(cost))
-        if len(cost) > len(centers):
-            areas = target["masks"].flatten(1).sum(1) if "masks" in target else target["boxes"][:, 2:].prod(1)
-            kept = np.sort(areas.argsort(descending=True)[: len(centers)].cpu().numpy())
-        rows = [np.zeros((0, 4))]
-        for layer, times in enumerate(repeats(L, len(centers), len(kept))):
-            chosen = centers[assign(np.tile(cost[kept, layer][:, centers], (times, 1)))]
-            target_of = np.tile(kept, times)
-            rows.append(np.stack([np.full(len(chosen), layer), chosen, target_of, np.full(len(chosen), 1 / times)], 1))
-        tables.append(torch.from_numpy(np.concatenate(rows)).float())
-    table = to_device(torch.cat(tables), outputs["logits"].device)
-    return [(*part[:, :3].long().unbind(1), part[:, 3]) for part in table.split([len(part) for part in tables])]
-
-
-def mask_losses(masks, targets, matches, stride):
-    """Binary cross-entropy and dice of matched masks, at points.  masks: logits (B, L, K, h, w).  matches: as of match()."""
-    entropy = dice = 0.0 * masks.sum()  # where nothing is to be found, too, DDP waits for a gradient
-    # Iterating over masks gives it one gradient; masks[i] would give it one of its full size for each i.
-    for of_image, answers, (layer, center, target, weight) in zip(targets, masks, matches):
-        logits, truth = answers[layer, center].float(), of_image["masks"]  # (m, h, w)
-        reach = reach_of(logits, truth, stride)
-        points = uncertain_points(logits.detach(), points_of(logits), reach)
-        x, y = ((points[..., axis] * truth.shape[2 - axis]).long() for axis in (0, 1))  # (m, P)
-        logits, truth = sample(logits, points, reach), truth[target[:, None], y, x].float()  # (m, P)
-        entropy = entropy + F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1) @ weight
-        probability = logits.sigmoid()
-        shared = 2 * (probability * truth).sum(1) + 1  # the ones are for a mask of which no point was drawn
-        dice = dice + (1 - shared / (probability.sum(1) + truth.sum(1) + 1)) @ weight
-    return entropy, dice
-
-
-def pixel_loss(pixels, targets, stride):
-    """Cross-entropy of the pixels' own classes, a mean over each target's pixels: small ones count as much as large ones.
-
-    pixels: logits (B, classes, h, w).  A pixel of no target, unlabelled or of the background, has nothing to say.
-    """
-    costs = -pixels.float().log_softmax(1)
-    loss = 0.0 * costs.sum()
-    for of_image, cost in zip(targets, costs):
-        height, width = of_image["masks"].shape[1:]
-        beyond = 0, stride * cost.shape[2] - width, 0, stride * cost.shape[1] - height
-        share = F.avg_pool2d(F.pad(of_image["masks"][:, None].float(), beyond), stride)[:, 0]  # (n, h, w)
-        share = share / share.sum((1, 2), keepdim=True).clamp(min=1e-6)
-        loss = loss + (cost[of_image["labels"]] * share).sum()
-    return loss
-
-
-def dense_losses(output, targets, stride, things=None):
-    """Losses of the dense tasks, of all layers together, sums over targets.
-
-    output: of the model.  targets: list of dictionaries, one an image, as in data.py.  stride: pixels a pixel of the masks.
-    things: bool (classes,), on the device: which classes have boxes; None: all.  The box around all grass of a photo teaches
-    nothing (Li et al., Mask DINO, 2022): pan neither matches nor trains stuff by boxes.
-    Returns a dictionary of scalars: label; with boxes l1 and giou; with masks mask, dice and, in training, pixel.
-    """
-    layers, keys = [*output["aux"], output], [key for key in ("logits", "boxes", "masks") if key in output]
-    outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ...)
-    matches = match(outputs, targets, stride, things)
-    layer, center, _, weight = map(torch.cat, zip(*matches))
-    image = torch.cat([torch.full_like(index, i) for i, (_, _, index, _) in enumerate(matches)])
-    labels = torch.cat([target["labels"][index] for target, (_, _, index, _) in zip(targets, matches)])
-    logits = F.pad(outputs["logits"].float(), (0, 1))  # and the logit of "none"
-    classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
-    weights = torch.full(logits.shape[:3], NONE, device=logits.device)
-    classes[image, layer, center], weights[image, layer, center] = labels, weight
-    entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
-    losses = dict(label=entropy @ weights.flatten())
-    if "boxes" in outputs:
-        boxes = outputs["boxes"][image, layer, center].float()
-        truth = torch.cat([target["boxes"][index] for target, (_, _, index, _) in zip(targets, matches)])
-        _, giou = box_overlap(corners(boxes), corners(truth))
-        counts = weight if things is None else weight * things[labels]
-        losses["l1"], losses["giou"] = (boxes - truth).abs().sum(1) @ counts, (1 - giou) @ counts
-    if "masks" in outputs:
-        losses["mask"], losses["dice"] = mask_losses(outputs["masks"], targets, matches, stride)
-    if "pixels" in output:
-        losses["pixel"] = pixel_loss(output["pixels"], targets, stride)
-    return {name: WEIGHTS[name] * value for name, value in losses.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------
 SCHEDULES = {  # what is left of the peak, at a fraction of the way from warm-up to end
@@ -436,13 +206,6 @@ def learning_rate(step, steps, warmup_steps, peak, schedule):
 
 
 UNLUCKY = 20  # steps in a row without a finite loss: by then it is not one strange image
-
-
-def losses_of(model, output, targets, smoothing):
-    """A dictionary of scalars, sums over images (cls) or targets."""
-    if model.task == "cls":
-        return dict(label=F.cross_entropy(output["logits"].float(), targets, label_smoothing=smoothing, reduction="sum"))
-    return dense_losses(output, targets, model.backbone.strides[0], model.things if model.task == "pan" else None)
 
 
 def batch_to_device(value, device):
@@ -504,7 +267,9 @@ def main():
         settings["variant"],
         num_classes,
         patch_size=settings["patch_size"],
+        iterations=settings["iterations"],
         drop_path=settings["drop_path"],
+        label_smoothing=settings["smoothing"],
         things=things,
     )
     last = os.path.join(out, "last.pt")
@@ -512,7 +277,7 @@ def main():
     sums, skipped = {}, 0  # of this epoch: losses, and steps without a finite one
     checkpoint = None
     if settings["resume"] and os.path.exists(last):
-        checkpoint = read_checkpoint(last)[1]
+        checkpoint = load_checkpoint(last)[1]
         if list(checkpoint["classes"]) != list(train.classes):
             raise InputError(f"{last} is of a run on {len(checkpoint['classes'])} other classes; give its --data")
         model.load_state_dict(checkpoint["model"])
@@ -582,7 +347,7 @@ def main():
     on_signals(asked.append)
     start, start_step, saved, unlucky = time.time(), step, time.time(), 0
     bar = tqdm(total=steps, initial=step, disable=True if rank else None)
-    with bar, contextlib.closing(whole.read(loader)) as chunks:  # whatever happens, the loader's processes end
+    with bar, contextlib.closing(whole.read(loader)) as stream:  # whatever happens, the loader's processes end
         while True:
             done = step - len(log) * steps_per_epoch  # of this epoch
             if done == steps_per_epoch:
@@ -600,7 +365,7 @@ def main():
                 losses = {name: value / max(1, done - skipped) for name, value in sums.items()}
                 line = dict(epoch=len(log) + 1, step=step, loss=sum(losses.values()), lr=lr_at(step - 1)) | metrics
                 line |= dict(images_per_second=(step - start_step) * settings["batch_size"] / seconds, seconds=seconds)
-                line |= {f"loss_{name}": value for name, value in losses.items() if task != "cls"}
+                line |= {f"loss_{name}": value for name, value in losses.items() if len(losses) > 1}
                 if device.type == "cuda":
                     line["memory_MiB"] = torch.cuda.max_memory_allocated() / 2**20
                 key = METRIC[task]
@@ -629,16 +394,14 @@ def main():
             lr = lr_at(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate"]
-            share = [next(chunks) for _ in range(settings["accumulate"])]  # of this process in the batch
+            chunks = [next(stream) for _ in range(settings["accumulate"])]  # this process's part of the batch
             # Stochastic depth and points of masks, too, are functions of the step: a resumed run goes on as if never stopped.
             torch.manual_seed(int(np.random.SeedSequence((settings["seed"], step, rank)).generate_state(1)[0]))
-            total = torch.full((), float(settings["batch_size"]), device=device)
-            if task != "cls":  # images have few or many objects, and each object shall weigh the same
-                total.fill_(sum(len(target["labels"]) for _, targets in share for target in targets))
-                if world_size > 1:
-                    dist.all_reduce(total)
+            total = torch.full((), float(sum(model.count(targets) for _, targets in chunks)), device=device)
+            if world_size > 1:
+                dist.all_reduce(total)
             parts = Counter()
-            for chunk, (images, targets) in enumerate(share):
+            for chunk, (images, targets) in enumerate(chunks):
                 images, targets = as_float(batch_to_device(images, device)), batch_to_device(targets, device)
                 if mixing:
                     images, targets = mix(
@@ -649,7 +412,7 @@ def main():
                 with runner.no_sync() if waits else contextlib.nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                         output = runner(images)
-                    losses = losses_of(model, output, targets, settings["smoothing"])
+                    losses = model.loss(output, targets)
                     losses = {name: loss / total.clamp(min=1) for name, loss in losses.items()}
                     (sum(losses.values()) * world_size).backward()  # of which DDP takes the mean over the processes
                 parts.update({name: loss.detach() for name, loss in losses.items()})

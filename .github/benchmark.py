@@ -28,9 +28,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from clusterformer import VARIANTS, ClusterFormer
 from data import Folder, InputError, train_transform
 from eval import PAPER_CLASSES, run, start_processes
-from train import losses_of
 
-PEERS = {"nano": ("swin_t", "convnext_tiny"), "tiny": ("swin_t", "convnext_tiny"), "small": ("swin_s", "convnext_small")}
+PEERS = {"small": ("swin_s", "convnext_small")}  # of other variants: their Tiny
 
 
 def build(name):
@@ -60,10 +59,10 @@ def work(model, images, optimizer=None):
             output = model(images)
         if optimizer:
             targets = usual_targets(model, images)
-            if isinstance(targets, list):
-                loss = sum(losses_of(model, output, targets, 0.0).values()) / (7 * len(images))
+            if isinstance(output, dict):
+                loss = sum(model.loss(output, targets).values()) / model.count(targets)
             else:
-                loss = F.cross_entropy((output["logits"] if isinstance(output, dict) else output).float(), targets)
+                loss = F.cross_entropy(output.float(), targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -112,7 +111,7 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=False, rou
     The models take turns, round after round, since other work on a machine comes and goes: a ratio is the median over
     the rounds of the ratios within a round.
     """
-    names = (*(PEERS[variant] if task == "cls" else ()), f"{variant} {task}")
+    names = (*(PEERS.get(variant, ("swin_t", "convnext_tiny")) if task == "cls" else ()), f"{variant} {task}")
     shape = (batch_size, 3, *image_size)
     images = torch.rand(shape, device=device)
     rows, runs, times = [], {}, {}
