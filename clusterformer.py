@@ -258,8 +258,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
     One iteration, in one head, for one image:
 
         tokens I (N, D) --k--> keys (N, d)        queries (K, d) <--q-- centers C(t) (K, D)
-               |                       \            /                        |
-               |                      S = scale * cos                        |
+               |                       |            |                        |
+               |                       +--> S = scale * cos                  |
                v                           | softmax over K                  |
         values (N, d)                      v                                 |
                |               center 1  center 2 ... center K               |

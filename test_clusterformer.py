@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Facts about the method and its use, against references written here in NumPy.   pytest -q"""
 
+import ast
 import contextlib
 import inspect
 import itertools
@@ -84,36 +85,37 @@ def softmax(x, axis):
     return e / e.sum(axis, keepdims=True)
 
 
-def em_step(C, I, W_q, W_k, W_v, temperature):
-    """One E- and one M-step for one image, head by head.  C (K, D), I (N, D) -> C (K, D), M (h, K, N)."""
-    heads = len(temperature)
+def em_iteration(C, I, q, k, v, scale):
+    """One E-step and one M-step for one image, head by head.  C (K, D), I (N, D) -> C (K, D), M (h, K, N)."""
+    heads = len(scale)
     d = C.shape[1] // heads
-    moved, M = C.copy(), []
+    updated, M = C.copy(), []
     for h in range(heads):
-        part, gathered = slice(h * d, (h + 1) * d), slice(h, None, heads)  # channels compared, channels gathered
-        q, k, v = C[:, part] @ W_q[h], I[:, part] @ W_k[h], I[:, gathered] @ W_v[h]
-        cosine = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (k / np.linalg.norm(k, axis=1, keepdims=True)).T
-        M.append(softmax(temperature[h] * cosine, axis=0))
-        W = M[h] * np.exp(temperature[h] * cosine)
+        compared, collected = slice(h * d, (h + 1) * d), slice(h, None, heads)  # channels
+        queries, keys, values = C[:, compared] @ q[h], I[:, compared] @ k[h], I[:, collected] @ v[h]
+        norms = np.outer(np.linalg.norm(queries, axis=1), np.linalg.norm(keys, axis=1))
+        S = scale[h] * (queries @ keys.T) / norms
+        M.append(softmax(S, axis=0))
+        weights = M[h] * np.exp(S)
         for center in range(len(C)):
-            moved[center, gathered] += sum(W[center, i] * v[i] for i in range(len(I))) / W[center].sum()
-    return moved, np.stack(M)
+            updated[center, collected] += sum(weights[center, i] * values[i] for i in range(len(I))) / weights[center].sum()
+    return updated, np.stack(M)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The method
 # ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_a_recursion_is_an_em_step(iterations):
+def test_one_iteration_is_one_em_step(iterations):
     module = random_clustering(iterations=iterations)
     centers, tokens = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 17, 12, dtype=torch.float64)
     C, M = module(centers, tokens)
     weights = [weight.detach().numpy() for weight in (module.q, module.k, module.v)]
-    temperature = module.log_temperature.detach().exp().flatten().numpy()
+    scale = module.log_scale.detach().exp().flatten().numpy()
     for image in range(2):
         expected = centers[image].numpy()
         for _ in range(iterations):
-            expected, assignment = em_step(expected, tokens[image].numpy(), *weights, temperature)
+            expected, assignment = em_iteration(expected, tokens[image].numpy(), *weights, scale)
         np.testing.assert_allclose(C[image].detach().numpy(), expected, atol=1e-10)
         np.testing.assert_allclose(M[image].detach().numpy(), assignment, atol=1e-10)
 
@@ -126,8 +128,8 @@ def test_sharp_assignments_are_those_of_spherical_kmeans():
     module = cf.RecurrentCrossAttentionClustering(8, 1, iterations=1).double()
     for weight in (module.q, module.k, module.v):
         assert torch.equal(weight[0], torch.eye(8, dtype=torch.float64))
-    module.log_temperature.data.fill_(math.log(50.0))
-    # At a temperature of 50 a lead of 0.3 in the cosine leaves the second best center exp(-15) = 3e-7 of a token.
+    module.log_scale.data.fill_(math.log(50.0))
+    # At a scale of 50 a lead of 0.3 in the cosine leaves the second best center exp(-15) = 3e-7 of a token.
     ranked = np.sort(tokens @ centers.T, axis=1)
     tokens = tokens[ranked[:, -1] - ranked[:, -2] > 0.3]
     new, M = module(torch.tensor(centers)[None], torch.tensor(tokens)[None])
@@ -147,12 +149,12 @@ def test_a_pixel_that_looks_like_no_center_hardly_moves_any():
     assert (C - centers)[0, :, 7].max() < 1e-4  # its part in the means; by shares alone it would be 0.5 / 5.5
 
 
-def test_each_pixel_is_shared_out_among_the_clusters_and_padding_belongs_to_none():
+def test_each_token_is_divided_among_the_clusters_and_padding_belongs_to_none():
     module = random_clustering(iterations=2)
     mask = torch.rand(3, 20) < 0.7
-    centers, tokens, trace = torch.randn(3, 6, 12).double(), torch.randn(3, 20, 12).double(), []
-    _, last = module(centers, tokens, mask, trace=trace)
-    for M in [last, *trace[0]["assignments"]]:
+    module.history = history = {}
+    _, last = module(torch.randn(3, 6, 12).double(), torch.randn(3, 20, 12).double(), mask)
+    for M in [last, *history["assignments"]]:
         assert M.shape == (3, 3, 6, 20)
         torch.testing.assert_close(M.sum(2), mask[:, None].expand(3, 3, 20).double())
         assert (M.transpose(2, 3)[(~mask)[:, None].expand(3, 3, 20)] == 0).all()
@@ -164,10 +166,11 @@ def test_masked_tokens_and_centers_change_nothing():
     C, M = module(centers, tokens)
     more_centers = torch.cat([centers, 9 * torch.randn(1, 2, 12, dtype=torch.float64)], 1)
     more_tokens = torch.cat([tokens, 9 * torch.randn(1, 4, 12, dtype=torch.float64)], 1)
-    C_, M_ = module(more_centers, more_tokens, torch.arange(13)[None] < 9, torch.arange(7)[None] < 5)
+    bias = cf.center_bias(torch.arange(7)[None] < 5)
+    C_, M_ = module(more_centers, more_tokens, torch.arange(13)[None] < 9, bias)
     torch.testing.assert_close(C_[:, :5], C)
     torch.testing.assert_close(M_[:, :, :5, :9], M)
-    assert (M_[:, :, 5:] == 0).all()
+    assert (M_[:, :, 5:] == 0).all() and torch.equal(C_[:, 5:], more_centers[:, 5:])  # an empty cluster stays in place
 
 
 def test_permuting_the_tokens_permutes_the_assignment_and_leaves_the_centers():
@@ -195,11 +198,11 @@ def test_keys_and_values_are_projected_once_whatever_T_is():
         module = cf.RecurrentCrossAttentionClustering(D, D // d, T)
         with FlopCounterMode(display=False) as counter:
             module(centers, tokens)
-        a_round = K * D * d + 2 * K * N * D  # Q, similarities, M-step
-        assert counter.get_total_flops() / 2 == 2 * N * D * d + T * a_round
+        iteration = K * D * d + 2 * K * N * D  # Q, similarities, M-step
+        assert counter.get_total_flops() / 2 == 2 * N * D * d + T * iteration
 
 
-def test_a_new_center_attracts_the_pixels_that_look_like_it():
+def test_a_new_center_attracts_the_tokens_that_look_like_it():
     torch.manual_seed(0)
     module = cf.RecurrentCrossAttentionClustering(64, 2)
     kinds = torch.randn(3, 64)
@@ -209,7 +212,7 @@ def test_a_new_center_attracts_the_pixels_that_look_like_it():
     assert (F.cosine_similarity(C[0], kinds) > 0.9).all()
 
 
-def test_dispatching_is_equation_6_with_its_mlp_in_the_sum():
+def test_dispatching_is_equation_6_with_the_mlp_inside_of_the_sum():
     rng = np.random.default_rng(0)
     K, N, h, d = 4, 7, 2, 3
     C, M = rng.normal(size=(K, h * d)), softmax(rng.normal(size=(h, K, N)), axis=1)
@@ -219,24 +222,24 @@ def test_dispatching_is_equation_6_with_its_mlp_in_the_sum():
     for parameter in module.parameters():
         parameter.data = torch.tensor(rng.normal(size=tuple(parameter.shape)))
     gain, shift, W, w, V, v = [parameter.detach().numpy() for parameter in module.parameters()]
-    thought = []
+    after_mlp = []
     for c in C:
         c = (c - c.mean()) / np.sqrt(c.var() + 1e-5) * gain + shift
         hidden = [x * (1 + math.erf(x / math.sqrt(2))) / 2 for x in W @ c + w]  # GELU
-        thought.append(V @ np.array(hidden) + v)
+        after_mlp.append(V @ np.array(hidden) + v)
     received = module(torch.tensor(C)[None], torch.tensor(M)[None])[0].detach().numpy()
     for i in range(N):
         for head in range(h):
             part = slice(head * d, (head + 1) * d)
-            expected = sum(K * M[head, k, i] * thought[k][part] for k in range(K)) / K  # 1/K sum_k sim(C_k, p_i) C_k
+            expected = sum(K * M[head, k, i] * after_mlp[k][part] for k in range(K)) / K  # 1/K sum_k sim(C_k, p_i) C_k
             np.testing.assert_allclose(received[i, part], expected, atol=1e-12)
 
 
 def test_a_new_block_is_its_convolution():
     torch.manual_seed(0)
     block, x = cf.ClusterBlock(32, 2), torch.randn(2, 9, 6, 32)
-    expected = x + F.conv2d(x.permute(0, 3, 1, 2), *block.neighbours.parameters(), padding=1, groups=32).permute(0, 2, 3, 1)
-    torch.testing.assert_close(block(x, cf.layout_of(9, 6)), expected)
+    expected = x + F.conv2d(x.permute(0, 3, 1, 2), *block.depthwise.parameters(), padding=1, groups=32).permute(0, 2, 3, 1)
+    torch.testing.assert_close(block(x, cf.make_layout(9, 6)), expected)
 
 
 @pytest.mark.parametrize("height, width", [(56, 56), (7, 13), (1, 2), (25, 19)])
@@ -244,16 +247,15 @@ def test_centers_start_as_the_means_of_grid_cells(height, width):
     x = torch.randn(2, height, width, 8)
     grid = (min(10, (height + 1) // 2), min(10, (width + 1) // 2))
     expected = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), grid).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(cf.pool_centers(x, cf.layout_of(height, width)), expected)
+    torch.testing.assert_close(cf.pool_centers(x, cf.make_layout(height, width)), expected)
 
 
-def test_a_logit_is_the_bias_plus_the_mean_of_the_shares_of_the_centers():
-    model, trace = random_model(), []
-    image = torch.rand(1, 3, 64, 96)
+def test_a_logit_is_the_bias_plus_the_mean_contribution_of_the_centers():
+    model, image = random_model(), torch.rand(1, 3, 64, 96)
     with torch.no_grad():
-        logits = model(image, trace)["logits"][0]
-        shares = model.head.center_norm(trace[-1]["centers"][-1][0]) @ model.head.classifier.weight.T  # (K, classes)
-        torch.testing.assert_close(model.head.classifier.bias + shares.mean(0), logits)
+        C = cf.trace(model, image)[-1]["centers"][-1][0]
+        contributions = model.head.center_norm(C) @ model.head.classifier.weight.T  # (K, classes)
+        torch.testing.assert_close(model.head.classifier.bias + contributions.mean(0), model(image)["logits"][0])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -295,17 +297,28 @@ def test_patch_size_2_halves_the_strides():
     assert model.backbone.strides == (2, 4, 8, 16)
 
 
-def test_the_trace_holds_every_round_of_every_block_and_changes_nothing():
-    model, trace = random_model(), []
-    image = torch.rand(2, 3, 64, 80)
+def test_the_trace_holds_every_iteration_of_every_clustering_and_changes_nothing():
+    model, image = random_model(), torch.rand(2, 3, 64, 80)
     with torch.no_grad():
-        torch.testing.assert_close(model(image, trace)["logits"], model(image)["logits"])
-    assert [entry["stage"] for entry in trace] == [0, 0, 1, 1, 2, 2, 3, "head"]
-    for entry in trace:
+        before, entries, after = model(image)["logits"], cf.trace(model, image), model(image)["logits"]
+    assert torch.equal(before, after) and all(module.history is None for module in model.modules() if hasattr(module, "history"))
+    blocks = [f"backbone.stages.{i}.{j}.cluster" for i, j in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]]
+    assert [entry["name"] for entry in entries] == [*blocks, "head.cluster"]
+    for entry in entries:
         assert len(entry["centers"]) == 4 and len(entry["assignments"]) == len(entry["weights"]) == 3
         torch.testing.assert_close(entry["weights"][0].sum(-1), torch.ones(entry["weights"][0].shape[:3]))
         B, h, K, N = entry["assignments"][0].shape
         assert N == math.prod(entry["size"]) and entry["centers"][0].shape[:2] == (B, K)
+        assert entry["tokens"].shape[:2] == (B, N) and entry["values"].shape[:3] == (B, h, N)
+        M = entry["assignments"][-1]
+        C = entry["centers"][-2] + sum_of_values(entry["weights"][-1], entry["values"])
+        torch.testing.assert_close(entry["centers"][-1], C, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(M.sum(2), torch.ones(B, h, N))
+
+
+def sum_of_values(weights, values):
+    """(B, h, K, N) and (B, h, N, d) -> (B, K, D), head j in channels j, j + h, ..."""
+    return (weights @ values).permute(0, 2, 3, 1).flatten(2)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -336,18 +349,17 @@ def test_stochastic_depth_leaves_branches_out_in_training_only():
     assert set(added.unique().tolist()) == {0.0, 2.0} and abs(added.mean() - 1) < 0.1  # its expectation is the branch
 
 
-def test_bfloat16_autocast_is_close_and_keeps_the_maps_in_float32():
-    model, trace = random_model(), []
-    image = torch.rand(2, 3, 64, 64)
+def test_bfloat16_autocast_is_close_and_keeps_the_assignments_in_float32():
+    model, image = random_model(), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         exact = model(image)["logits"]
         with torch.autocast("cpu", torch.bfloat16):
-            rough = model(image, trace)["logits"]
+            rough, entries = model(image)["logits"], cf.trace(model, image)
     torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0.1)
-    for entry in trace:
-        shares = entry["assignments"][-1].sum(2)
-        assert shares.dtype == torch.float32
-        torch.testing.assert_close(shares, torch.ones_like(shares))
+    for entry in entries:
+        sums = entry["assignments"][-1].sum(2)
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -366,7 +378,7 @@ def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(monkeypatch)
     image, gradients = torch.rand(2, 3, 64, 48), []
     for compiled in (False, True):
         model = random_model().train()
-        model.head.cluster.log_temperature.data.fill_(math.log(80.0))  # the step writes its limit into the parameter
+        model.head.cluster.log_scale.data.fill_(math.log(80.0))  # the step writes its limit into the parameter
         runner = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         runner(image)["logits"].square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -504,7 +516,7 @@ def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
 @pytest.mark.parametrize("n", [(3, 1), (0, 0)])
 def test_every_parameter_of_a_dense_model_gets_a_gradient_also_from_images_without_objects(task, n):
     model = random_dense(task).train()
-    losses = train.dense_losses(model(torch.rand(2, 3, 64, 64)), some_targets(task, n), 4)
+    losses = cf.set_losses(model(torch.rand(2, 3, 64, 64)), some_targets(task, n), 4)
     sum(losses.values()).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or (sum(n) and not p.grad.any())]
     assert without == [] and all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -522,7 +534,7 @@ def test_dense_tasks_under_bfloat16_autocast_are_close(task):
     for key in KEYS[task] | {"logits"}:
         assert (rough[key].float() - exact[key]).abs().mean() < 0.1 * exact[key].abs().mean()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = train.dense_losses(model.train()(images), some_targets(task), 4)
+        losses = cf.set_losses(model.train()(images), some_targets(task), 4)
     sum(losses.values()).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
@@ -570,43 +582,49 @@ def test_any_image_has_a_sound_answer(task, precise):
             assert answer["panoptic"].shape == (height, width) and len(ids) == len(answer["segments"])
             assert set(answer["panoptic"].unique().tolist()) - {0} == ids
             for segment in answer["segments"]:
-                assert segment["isthing"] == model.things[segment["label"]] and 0 <= segment["score"] <= 1
+                assert segment["isthing"] == model.head.things[segment["label"]] and 0 <= segment["score"] <= 1
 
 
-def test_moments_are_the_box_of_an_even_cluster():
-    layout = cf.layout_of(20, 30)
-    mask = torch.zeros(2, 20, 30)
-    mask[0, 4:12, 10:25], mask[1, 7, 3] = 1, 1
-    boxes = cf.moments(mask.flatten(1)[None], layout)[0]
-    torch.testing.assert_close(boxes[0], torch.tensor([17.5 / 30, 8 / 20, 15 / 30, 8 / 20]))
-    torch.testing.assert_close(boxes[1], torch.tensor([3.5 / 30, 7.5 / 20, 1 / 30, 1 / 20]))  # a token has sides, too
+@pytest.mark.parametrize("height, width", [(12, 12), (7, 25), (40, 33)])
+def test_first_boxes_are_those_of_the_grid_cells(height, width):
+    boxes = cf.cell_boxes(cf.make_layout(height, width, min_cell=1))[0]
+    expected = []
+    for i, j in itertools.product(range(min(10, height)), range(min(10, width))):
+        sides = []
+        for k, side in ((j, width), (i, height)):
+            cells = min(10, side)
+            start, end = k * side // cells, -(-(k + 1) * side // cells)  # as in adaptive pooling
+            sides.append(((start + end) / 2 / side, (end - start) / side))
+        (x, w), (y, h) = sides
+        expected.append([x, y, w, h])
+    torch.testing.assert_close(boxes, torch.tensor(expected))
 
 
 def test_centers_of_the_decoder_start_at_the_cells_of_a_grid(monkeypatch):
     model, seen = random_dense("det"), []
-    detection = model.decoder.detection.forward
-    monkeypatch.setattr(model.decoder.detection, "forward", lambda x, anchors: seen.append(anchors) or detection(x, anchors))
+    detection = model.head.decoder.box_head.forward
+    monkeypatch.setattr(model.head.decoder.box_head, "forward", lambda x, anchors: seen.append(anchors) or detection(x, anchors))
     model(torch.rand(1, 3, 160, 80))  # 20 x 10 tokens at stride 8: cells of 2 x 1 tokens
     y, x = torch.meshgrid((torch.arange(10) + 0.5) / 10, (torch.arange(10) + 0.5) / 10, indexing="ij")
     expected = torch.stack([x, y, torch.full_like(x, 0.1), torch.full_like(x, 0.1)], -1).flatten(0, 1)
     torch.testing.assert_close(seen[0][0], expected)
 
 
-def test_a_prior_is_added_to_the_similarity_as_the_log_of_a_gaussian_over_a_quarter_of_the_box():
-    layout, boxes = cf.layout_of(10, 10), torch.tensor([[[0.5, 0.3, 0.4, 0.2]]])
-    priors = cf.place_prior(boxes, layout)[:, 0, :, 0].view(4, 10, 10)
+def test_the_box_prior_is_the_log_of_a_gaussian_over_a_quadrant_and_is_added_to_the_similarity():
+    layout, boxes = cf.make_layout(10, 10), torch.tensor([[[0.5, 0.3, 0.4, 0.2]]])
+    priors = cf.box_prior(boxes, layout)[:, 0, :, 0].view(4, 10, 10)
     y, x = (np.arange(10) + 0.5) / 10, (np.arange(10) + 0.5) / 10
-    quarters = (0.25, 0.4), (0.25, 0.6), (0.35, 0.4), (0.35, 0.6)  # centres, y and x, of 0.1 x 0.2
-    for prior, (up, left) in zip(priors, quarters):
-        expected = -(((x[None] - left) / 0.05) ** 2 + ((y[:, None] - up) / 0.025) ** 2) / 2  # deviations: a quarter of those
+    quadrants = (0.25, 0.4), (0.25, 0.6), (0.35, 0.4), (0.35, 0.6)  # centers, y and x, of 0.1 x 0.2
+    for prior, (up, left) in zip(priors, quadrants):
+        expected = -(((x[None] - left) / 0.05) ** 2 + ((y[:, None] - up) / 0.025) ** 2) / 2  # sigma: a quarter of a side
         np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
 
     module = random_clustering(dim=4, heads=2)
     centers, tokens = torch.randn(1, 3, 4).double(), torch.randn(1, 7, 4).double()
     prior = torch.randn(2, 1, 7, 3).double()
     _, plain = module(centers, tokens)
-    _, M = module(centers, tokens, prior=prior)
-    expected = plain[0] * prior[:, 0].mT.exp()  # Bayes: share times prior, shared out anew
+    _, M = module(centers, tokens, bias=prior)
+    expected = plain[0] * prior[:, 0].mT.exp()  # Bayes: assignment times prior, normalized
     torch.testing.assert_close(M[0], expected / expected.sum(1, keepdim=True))
 
 
@@ -614,7 +632,7 @@ def test_a_prior_is_added_to_the_similarity_as_the_log_of_a_gaussian_over_a_quar
 def test_the_prior_of_a_small_box_is_near_it_on_a_coarse_map(pixels):
     """Of 1024 pixels, at stride 32, where a quarter of such a box may lie between the middles of all tokens."""
     boxes = torch.cat([torch.rand(1, 200, 2), torch.full((1, 200, 2), pixels / 1024)], -1)
-    prior = cf.place_prior(boxes, cf.layout_of(32, 32))[:, 0].mT.exp()  # (4, 200, N)
+    prior = cf.box_prior(boxes, cf.make_layout(32, 32))[:, 0].mT.exp()  # (4, 200, N)
     y, x = torch.meshgrid((torch.arange(32) + 0.5) / 32, (torch.arange(32) + 0.5) / 32, indexing="ij")
     far = torch.maximum((x.flatten() - boxes[0, :, :1]).abs(), (y.flatten() - boxes[0, :, 1:2]).abs()) > 2.5 / 32
     assert ((prior * far).sum(-1) < 0.05 * prior.sum(-1)).all()
@@ -624,7 +642,7 @@ def test_the_prior_of_a_small_box_is_near_it_on_a_coarse_map(pixels):
 def test_the_prior_of_a_mask_is_the_log_of_its_mean_over_a_token(step):
     masks = 8 * torch.randn(2, 3, 10, 13)
     sizes = torch.tensor([[10, 13], [7, 9]])
-    priors = cf.mask_prior(masks, cf.layout_of(10, 13, sizes), step)
+    priors = cf.mask_prior(masks, cf.make_layout(10, 13, sizes), step)
     for mask, prior, (height, width) in zip(masks, priors, sizes.tolist()):
         prior = prior.T.view(3, -(-10 // step), -(-13 // step))
         for i, j in itertools.product(range(-(-height // step)), range(-(-width // step))):
@@ -635,14 +653,14 @@ def test_the_prior_of_a_mask_is_the_log_of_its_mean_over_a_token(step):
 def test_later_layers_gather_where_the_last_mask_is():
     """The first layer knows boxes only; a later one also the mask that its center had after the layer before."""
     model, seen = random_dense("inst"), []
-    for layer in model.decoder.layers:
-        layer.cluster.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[5]))
+    for layer in model.head.decoder.layers:
+        layer.cluster.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
     output = model(torch.rand(1, 3, 96, 96))
     boxes = [answer["boxes"] for answer in output["aux"]]
     masks = [answer["masks"] for answer in output["aux"]]
-    layout, finest = cf.layout_of(12, 12), cf.layout_of(24, 24)
+    layout, finest = cf.make_layout(12, 12), cf.make_layout(24, 24)
     for i, prior in enumerate(seen):
-        expected = cf.place_prior(boxes[i], layout)
+        expected = cf.box_prior(boxes[i], layout)
         expected = expected + cf.mask_prior(masks[i], finest, 2) if i else expected
         torch.testing.assert_close(prior, expected)
     assert len(seen) == 3
@@ -650,11 +668,11 @@ def test_later_layers_gather_where_the_last_mask_is():
 
 def test_a_scale_beyond_its_limit_still_learns():
     module = random_clustering().train()
-    module.log_temperature.data.fill_(math.log(80.0))
+    module.log_scale.data.fill_(math.log(80.0))
     C, _ = module(torch.randn(2, 6, 12).double(), torch.randn(2, 20, 12).double())
     C.square().sum().backward()
-    torch.testing.assert_close(module.log_temperature.exp(), torch.full_like(module.log_temperature, 50.0))
-    assert module.log_temperature.grad.abs().min() > 0
+    torch.testing.assert_close(module.log_scale.exp(), torch.full_like(module.log_scale, 50.0))
+    assert module.log_scale.grad.abs().min() > 0
 
 
 def test_probabilities_are_shared_with_none_whose_logit_is_0():
@@ -663,24 +681,24 @@ def test_probabilities_are_shared_with_none_whose_logit_is_0():
 
 
 def test_a_box_is_its_anchor_moved_by_fractions_of_its_sides_and_stretched():
-    head = cf.DetectionHead(8)
+    head = cf.BoxHead(8)
     anchors = torch.tensor([[[0.5, 0.4, 0.2, 0.1], [0.9, 0.5, 0.3, 0.2]]])
     torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 0], anchors[0, 0])  # a new head leaves them alone
     torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 1], torch.tensor([0.875, 0.5, 0.25, 0.2]))  # cut off
-    head.correction[-1].bias.data = torch.tensor([0.5, -1.0, math.log(1.5), 0.0])
+    head.delta[-1].bias.data = torch.tensor([0.5, -1.0, math.log(1.5), 0.0])
     torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 0], torch.tensor([0.6, 0.3, 0.3, 0.1]))
 
 
 def test_a_mask_falls_off_with_the_distance_from_its_box_in_half_sides():
-    layout = cf.layout_of(10, 10)
-    far = cf.remoteness(torch.tensor([[[0.45, 0.25, 0.4, 0.2]]]), layout)[0, 0]  # middle of token (2, 4); half sides: 1 and 2 tokens
+    layout = cf.make_layout(10, 10)
+    far = cf.box_distance(torch.tensor([[[0.45, 0.25, 0.4, 0.2]]]), layout)[0, 0]  # middle of token (2, 4); half sides: 1 and 2 tokens
     assert far[2, 4] == pytest.approx(0, abs=1e-6) and far[3, 4] == pytest.approx(1) and far[2, 8] == pytest.approx(4)
-    head = random_dense("inst").decoder.segmentation
-    head.steepness.weight.data.zero_()
+    head = random_dense("inst").head.decoder.mask_head
+    head.falloff.weight.data.zero_()
     centers, pixels = torch.randn(1, 1, 128), torch.randn(1, 10, 10, 128)
     masks = {}
     for steepness in (0.25, 1.0):
-        head.steepness.bias.data.fill_(math.log(steepness))
+        head.falloff.bias.data.fill_(math.log(steepness))
         masks[steepness] = head(centers, torch.tensor([[[0.45, 0.25, 0.4, 0.2]]]), pixels, layout)[0, 0]
     torch.testing.assert_close(masks[0.25] - masks[1.0], 1.5 * far.clamp(max=8), atol=1e-4, rtol=1e-4)
 
@@ -689,7 +707,7 @@ def test_outlines_of_small_boxes_are_bilinear_samples_of_the_mask():
     torch.manual_seed(0)
     masks = torch.randn(1, 2, 12, 16)
     boxes = torch.tensor([[[0.5, 0.4, 0.3, 0.5], [0.2, 0.7, 0.2, 0.3]]])  # samples are less than a token apart
-    ours = cf.outlines(masks, boxes, cf.layout_of(12, 16)).view(2, 12, 12)
+    ours = cf.mask_samples(masks, boxes, cf.make_layout(12, 16)).view(2, 12, 12)
     steps = np.linspace(-0.6, 0.6, 12)
     for mask, (x, y, width, height), answer in zip(masks[0].sigmoid().numpy() - 0.5, boxes[0].tolist(), ours):
         for i, row in enumerate((y + height * steps) * 12 - 0.5):
@@ -703,7 +721,7 @@ def test_outlines_do_not_depend_on_the_size_of_an_object():
     def of_disc(size):  # half as wide as the image
         y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
         disc = torch.where((x / size - 0.5) ** 2 + (y / size - 0.5) ** 2 < 1 / 16, 20.0, -20.0)
-        return cf.outlines(disc[None, None], torch.tensor([[[0.5, 0.5, 0.5, 0.5]]]), cf.layout_of(size, size)).view(12, 12)
+        return cf.mask_samples(disc[None, None], torch.tensor([[[0.5, 0.5, 0.5, 0.5]]]), cf.make_layout(size, size)).view(12, 12)
 
     small, large = of_disc(48), of_disc(192)  # large: a sample is a mean over 9 x 9 tokens
     assert (small - large).abs().max() < 0.15 and (small - large).abs().mean() < 0.02
@@ -714,14 +732,14 @@ def test_outlines_do_not_depend_on_the_size_of_an_object():
 def test_outlines_are_undecided_beyond_the_image():
     full = torch.full((2, 1, 8, 8), 20.0)
     boxes = torch.tensor([0.75, 0.5, 0.5, 0.5]).expand(2, 1, 4)  # its right side is the image's
-    layout = cf.layout_of(8, 8, torch.tensor([[8, 8], [8, 4]]))  # the second image ends after four columns
-    for outline in cf.outlines(full, boxes, layout).view(2, 12, 12):
+    layout = cf.make_layout(8, 8, torch.tensor([[8, 8], [8, 4]]))  # the second image ends after four columns
+    for outline in cf.mask_samples(full, boxes, layout).view(2, 12, 12):
         assert (outline[:, :8] - 0.5).abs().max() < 1e-5 and outline[:, -1].max() < 0.3
 
 
 def test_generalized_overlap_is_that_of_torchvision():
     a, b = (box_convert(torch.rand(n, 4, dtype=torch.float64), "cxcywh", "xyxy") for n in (7, 5))
-    iou, giou = cf.box_overlap(a[:, None], b)
+    iou, giou = cf.iou_and_giou(a[:, None], b)
     torch.testing.assert_close(iou, box_iou(a, b))
     torch.testing.assert_close(giou, generalized_box_iou(a, b))
 
@@ -729,7 +747,7 @@ def test_generalized_overlap_is_that_of_torchvision():
 def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
     torch.manual_seed(0)
     boxes = torch.rand(2, 6, 4)
-    for ours, of_image in zip(cf.overlaps(boxes), boxes):
+    for ours, of_image in zip(cf.pairwise_iou(boxes), boxes):
         corners = box_convert(of_image, "cxcywh", "xyxy")
         torch.testing.assert_close(ours, box_iou(corners, corners) * (1 - torch.eye(6)))
 
@@ -737,7 +755,7 @@ def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
 def test_best_objects_are_named_once():
     probability = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.6, 0.2]])
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
-    scores, labels, centers = cf.best_objects(probability, boxes)
+    scores, labels, centers = cf.top_detections(probability, boxes)
     found = list(zip(scores.tolist(), labels.tolist(), centers.tolist()))
     # (1, class 0) and (0, class 1) repeat a better answer at the same place; the other class there does not.
     expected = [(0.9, 0, 0), (0.7, 1, 1), (0.6, 0, 2), (0.2, 1, 2)]
@@ -747,7 +765,7 @@ def test_best_objects_are_named_once():
 def test_a_pixels_class_is_that_of_the_largest_sum_over_centers():
     probability = torch.tensor([[0.6, 0.0], [0.0, 0.5], [0.0, 0.4]])
     masks = torch.tensor([[9.0, 9.0, 9.0], [9.0, -9.0, 9.0], [-9.0, -9.0, 9.0]]).view(3, 1, 3)
-    assert cf.semantic_labels(probability, masks).tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
+    assert cf.semantic_map(probability, masks).tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
 
 
 def test_panoptic_segments_of_a_case_worked_by_hand():
@@ -769,10 +787,10 @@ def test_panoptic_segments_of_a_case_worked_by_hand():
 def test_masks_reach_full_size_without_what_is_in_the_padding():
     masks = torch.full((1, 8, 8), 50.0)
     masks[:, :3, :4] = -1.0  # the real part of an image of 11 x 13 in a batch of 32 x 32
-    full = cf.full_size(masks, (11, 13), 4, (11, 13))
+    full = cf.resize_masks(masks, (11, 13), 4, (11, 13))
     assert full.shape == (1, 11, 13)
     torch.testing.assert_close(full, torch.full_like(full, -1))
-    assert cf.full_size(masks, (11, 13), 4, (22, 26)).shape == (1, 22, 26)
+    assert cf.resize_masks(masks, (11, 13), 4, (22, 26)).shape == (1, 22, 26)
 
 
 def perfect_output(targets, task, classes=5, K=12):
@@ -797,7 +815,7 @@ def test_every_target_is_given_the_center_that_answers_with_it(task):
     output = perfect_output(targets, task)
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in output if key != "aux"}
     torch.manual_seed(0)
-    matches = train.match(outputs, targets, 4)
+    matches = cf.match(outputs, targets, 4)
     for n, limits, (layer, center, target, weight) in zip((3, 0, 2), ((2, 2, 2, 1), (), (3, 3, 2, 1)), matches):
         last = layer == 3
         assert center[last].tolist() == [0, 2, 4][:n] and target[last].tolist() == [0, 1, 2][:n] and (weight[last] == 1).all()
@@ -815,10 +833,10 @@ def test_of_more_objects_than_centers_the_largest_are_trained():
     targets[0]["masks"] = (torch.arange(32 * 32).view(32, 32) < areas.view(-1, 1, 1))
     targets[1]["masks"] = targets[1]["masks"][:, :32, :32]
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in KEYS["inst"] | {"logits"}}
-    (layer, _, target, _), (other, _, second, _) = train.match(outputs, targets, 4)
+    (layer, _, target, _), (other, _, second, _) = cf.match(outputs, targets, 4)
     assert target[layer == 3].tolist() == areas.topk(16).indices.sort().values.tolist()
     assert second[other == 3].tolist() == [0, 1]
-    assert all(torch.isfinite(loss) for loss in train.dense_losses(output, targets, 4).values())
+    assert all(torch.isfinite(loss) for loss in cf.set_losses(output, targets, 4).values())
 
 
 def test_no_target_is_given_a_center_that_its_image_has_not_got():
@@ -828,21 +846,21 @@ def test_no_target_is_given_a_center_that_its_image_has_not_got():
     absent = output["logits"][0, :, 0] <= -100
     assert absent.sum() == 50
     for layer in [*output["aux"], output]:
-        (_, center, _, _), _ = train.match({key: layer[key][:, None] for key in ("logits", "boxes")}, targets, 4)
+        (_, center, _, _), _ = cf.match({key: layer[key][:, None] for key in ("logits", "boxes")}, targets, 4)
         assert len(center) == 12 and not absent[center].any()
     alone = model(images[:1])  # label losses of the first image do not depend on the second
-    both = [train.dense_losses(answers, targets[:1], 4)["label"] for answers in
+    both = [cf.set_losses(answers, targets[:1], 4)["label"] for answers in
             (alone, {k: v[:1] if k != "aux" else [{j: w[:1] for j, w in a.items()} for a in v] for k, v in output.items()})]
     torch.testing.assert_close(both[1], both[0], rtol=0.02, atol=0)
 
 
 def test_a_target_never_has_so_many_centers_that_most_have_one():
-    assert train.repeats(7, 100, 1) == [6, 4, 2, 1, 1, 1, 1] and train.repeats(4, 100, 10) == [5, 4, 2, 1]
-    assert train.repeats(4, 100, 16) == [3, 3, 2, 1] and train.repeats(4, 100, 60) == [1, 1, 1, 1] == train.repeats(4, 16, 0)[3:] * 4
+    assert cf.matches_per_target(7, 100, 1) == [6, 4, 2, 1, 1, 1, 1] and cf.matches_per_target(4, 100, 10) == [5, 4, 2, 1]
+    assert cf.matches_per_target(4, 100, 16) == [3, 3, 2, 1] and cf.matches_per_target(4, 100, 60) == [1, 1, 1, 1] == cf.matches_per_target(4, 16, 0)[3:] * 4
 
 
 def test_masks_are_compared_at_12544_points_from_512_pixels_on():
-    counts = {side: train.points_of(torch.empty(1, side // 4, side // 4)) for side in (96, 256, 508, 512, 1024)}
+    counts = {side: cf.num_points(torch.empty(1, side // 4, side // 4)) for side in (96, 256, 508, 512, 1024)}
     assert counts == {96: 144, 256: 1024, 508: 4032, 512: 12_544, 1024: 12_544}
 
 
@@ -854,11 +872,11 @@ def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
     things = torch.tensor([True, True, True, False, False])
     moved = output | {"boxes": output["boxes"].detach().clone()}
     moved["boxes"][0, [2, 4]] = torch.tensor([0.9, 0.9, 0.1, 0.1])  # centers of the second and the third target
-    losses, free = (train.dense_losses(answers, targets, 4, things) for answers in (output, moved))
-    assert train.dense_losses(moved, targets, 4)["l1"] > 1
+    losses, free = (cf.set_losses(answers, targets, 4, things) for answers in (output, moved))
+    assert cf.set_losses(moved, targets, 4)["l1"] > 1
     assert free["l1"] == losses["l1"] < 0.01 and free["giou"] == losses["giou"] < 0.01
     outputs = {key: moved[key][:, None] for key in ("logits", "boxes", "masks")}
-    ((_, center, target, _),) = train.match(outputs, targets, 4, things)
+    ((_, center, target, _),) = cf.match(outputs, targets, 4, things)
     assert center.tolist() == [0, 2, 4] and target.tolist() == [0, 1, 2]
 
 
@@ -866,21 +884,21 @@ def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
 def test_losses_are_small_for_the_truth_and_do_not_depend_on_the_order_of_targets(task):
     targets = some_targets(task, (3, 0, 2))
     torch.manual_seed(0)
-    losses = train.dense_losses(perfect_output(targets, task) | {"aux": []}, targets, 4)
+    losses = cf.set_losses(perfect_output(targets, task) | {"aux": []}, targets, 4)
     assert losses["label"] < 0.01 and losses.get("l1", 0) < 0.01 and losses.get("giou", 0) < 0.01
     if task == "det":
         model = random_dense(task)
         output = model(torch.rand(3, 3, 64, 64))
         turned = [{key: value.flip(0) for key, value in target.items()} for target in targets]
-        for name, value in train.dense_losses(output, targets, 4).items():
-            torch.testing.assert_close(train.dense_losses(output, turned, 4)[name], value)
+        for name, value in cf.set_losses(output, targets, 4).items():
+            torch.testing.assert_close(cf.set_losses(output, turned, 4)[name], value)
 
 
 def test_the_losses_are_the_sums_that_their_names_say():
     """One image, one layer, two targets, three centers, in NumPy."""
     logits, boxes = torch.tensor([[[2.0, -1.0], [-1.0, 0.5], [0.3, -2.0]]]), torch.rand(1, 3, 4) * 0.2 + 0.3
     targets = [dict(labels=torch.tensor([1, 0]), boxes=torch.rand(2, 4) * 0.2 + 0.3)]
-    losses = train.dense_losses(dict(logits=logits, boxes=boxes, aux=[]), targets, 4)
+    losses = cf.set_losses(dict(logits=logits, boxes=boxes, aux=[]), targets, 4)
     shares = np.exp(np.pad(logits[0].numpy(), ((0, 0), (0, 1))))  # the last for "none"
     shares /= shares.sum(1, keepdims=True)
     found = []
@@ -909,31 +927,34 @@ def test_masks_compared_at_points_cost_on_average_what_they_cost_at_all_pixels()
     torch.manual_seed(0)
     rectangles = [rectangle(20, 30, 150, 90, (256, 256)), rectangle(100, 10, 220, 250, (256, 256))]
     target = dict(labels=torch.tensor([1, 4]), masks=torch.from_numpy(np.array(rectangles)))
-    output = dict(logits=torch.zeros(6, 5), masks=F.interpolate(torch.randn(1, 6, 4, 4), (64, 64), mode="bilinear")[0])
-    mean = torch.stack([train.matching_cost(output, target, 4) for _ in range(100)]).mean(0)
+    target["boxes"] = torch.full((2, 4), 0.5)
+    masks = F.interpolate(torch.randn(1, 6, 4, 4), (64, 64), mode="bilinear")[0]
+    output = dict(logits=torch.zeros(6, 5), boxes=torch.full((6, 4), 0.5), masks=masks)
+    mean = torch.stack([cf.matching_cost(output, target, 4) for _ in range(100)]).mean(0)
     full = F.interpolate(output["masks"][None], scale_factor=4.0, mode="bilinear")[0]
     for t, truth in enumerate(target["masks"].float()):
         for k, logits in enumerate(full):
             entropy = F.binary_cross_entropy_with_logits(logits, truth)
             dice = 1 - 2 * (logits.sigmoid() * truth).sum() / (logits.sigmoid() + truth).sum()
-            label = -2 / 6  # five classes and none are equally likely
-            assert mean[t, k] == pytest.approx(label + 5 * entropy.item() + 5 * dice.item(), abs=0.03)
+            label, box = -2 / 6, -2  # five classes and "no object" are equally likely; boxes are right, with a GIoU of 1
+            assert mean[t, k] == pytest.approx(label + box + 5 * entropy.item() + 5 * dice.item(), abs=0.03)
 
 
 def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
     masks = torch.zeros(2, 16, 16, dtype=torch.bool)
     masks[0, :8], masks[1, 12:, 12:] = True, True
     pixels = torch.randn(1, 3, 4, 4)
-    output = dict(logits=torch.zeros(1, 4, 3), masks=torch.zeros(1, 4, 4, 4), pixels=pixels, aux=[])
-    loss = train.dense_losses(output, [dict(labels=torch.tensor([2, 0]), masks=masks)], 4)["pixel"]
+    output = dict(logits=torch.zeros(1, 4, 3), boxes=torch.rand(1, 4, 4), masks=torch.zeros(1, 4, 4, 4), pixels=pixels, aux=[])
+    target = dict(labels=torch.tensor([2, 0]), boxes=torch.rand(2, 4), masks=masks)
+    loss = cf.set_losses(output, [target], 4)["pixel"]
     cost = -np.log(softmax(pixels[0].numpy(), axis=0))
-    assert loss.item() == pytest.approx(train.WEIGHTS["pixel"] * (cost[2, :2].mean() + cost[0, 3, 3]), rel=1e-4)
+    assert loss.item() == pytest.approx(cf.LOSS_WEIGHTS["pixel"] * (cost[2, :2].mean() + cost[0, 3, 3]), rel=1e-4)
 
 
 def test_points_are_drawn_where_a_mask_is_uncertain():
     masks = torch.linspace(8, -8, 16).repeat(1, 16, 1)  # the border is at x = 32 of 64 pixels
     torch.manual_seed(0)
-    points = train.uncertain_points(masks, 400, (1.0, 1.0)) * 64
+    points = cf.uncertain_points(masks, 400, (1.0, 1.0)) * 64
     assert points.shape == (1, 400, 2) and 0 <= points.min() and points.max() < 64
     near = ((points[..., 0] - 32).abs() < 12).float().mean()
     assert near > 0.75  # evenly drawn, 24 of 64 would be
@@ -952,7 +973,7 @@ def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
     for step in range(120):
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * min(1, (step + 1) / 10) * (1 - step / 120)
-        loss = sum(train.dense_losses(model(images), targets, 4).values()) / sum(len(t["labels"]) for t in targets)
+        loss = sum(cf.set_losses(model(images), targets, 4).values()) / sum(len(t["labels"]) for t in targets)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -1007,7 +1028,7 @@ def test_every_tensor_is_made_on_the_device_of_the_images(task, second, targets)
     model, images, found = one_task(task, ((64, 64), second), targets)
     truth = InMemory(task, 64)
     with torch.device("meta"):
-        losses = train.losses_of(model, model.train()(images), found, 0.1)
+        losses = model.loss(model.train()(images), found)
         sum(losses.values()).backward()
         model.eval()(images)
         predictions = model.predict(images, [(64, 64), (64, 64)])
@@ -1073,7 +1094,7 @@ def test_the_losses_of_inst_wait_for_a_gpu_once(count, monkeypatch):
     model, images, found = one_task("inst", ((64, 64), (96, 80), (64, 96), (70, 64))[:count], True)
     waits = Waits(monkeypatch)
     with waits:
-        losses = train.losses_of(model, model.train()(images), found, 0.0)
+        losses = model.loss(model.train()(images), found)
         sum(losses.values()).backward()
     layouts = 5  # of four maps and the centers' grid, whose sizes are the host's own: to list them is no wait
     assert waits.count == {"cpu": 1, "tolist": layouts}
@@ -1785,11 +1806,11 @@ def test_the_assignment_is_the_cheapest_of_all():
         n = int(rng.integers(1, 6))
         m = int(rng.integers(n, 8))
         cost = rng.normal(size=(n, m)) if case % 2 else rng.integers(0, 3, (n, m)).astype(float)  # with ties, too
-        columns = train.assign(cost)
+        columns = cf.hungarian(cost)
         assert len(set(columns)) == n
         best = min(cost[range(n), list(order)].sum() for order in itertools.permutations(range(m), n))
         assert cost[range(n), columns].sum() == pytest.approx(best)
-    assert sorted(train.assign(np.full((3, 5), np.nan))) == [0, 1, 2]  # it ends, and each row has a column of its own
+    assert sorted(cf.hungarian(np.full((3, 5), np.nan))) == [0, 1, 2]  # it ends, and each row has a column of its own
 
 
 def panoptic_figures(predicted, segments, truth, entries, classes=3):
@@ -2380,7 +2401,7 @@ def dense_gradients(parts, world_size=1):
     total = torch.tensor(float(sum(len(target["labels"]) for target in targets)))
     if world_size > 1:
         dist.all_reduce(total)
-    (sum(train.dense_losses(wrapped(data.as_float(images)), targets, 4).values()) * world_size / total).backward()
+    (sum(cf.set_losses(wrapped(data.as_float(images)), targets, 4).values()) * world_size / total).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -2718,24 +2739,22 @@ def test_the_explanation_of_a_logit_adds_up_to_it(names):
     weights = torch.zeros(10)
     for sign, name in zip((1, -1), names):
         weights[list(data.THINGS).index(name)] = sign
-    value, bias, shares = evaluation.explain(model, image, weights)
+    value, bias, contributions = evaluation.explain(model, image, weights)
     logits = model([image])["logits"][0].detach()
     assert value == pytest.approx((logits @ weights).item(), abs=1e-5)
-    assert bias + shares.sum().item() == pytest.approx(value, abs=1e-4)
-    assert shares.shape == (12, 7, 6)  # a center for 2 x 2 tokens of 32 pixels a side
+    assert bias + contributions.sum().item() == pytest.approx(value, abs=1e-4)
+    assert contributions.shape == (12, 7, 6)  # a center for 2 x 2 tokens of 32 pixels a side
 
 
-def test_a_share_is_what_the_token_brought_to_the_center():
+def test_a_contribution_is_what_the_token_added_to_the_center():
     """The head once more in NumPy, token by token."""
-    model, trace = random_model().eval(), []
-    image, number = torch.rand(3, 96, 90), 3
+    model, image, number = random_model().eval(), torch.rand(3, 96, 90), 3
     with torch.no_grad():
-        model([image], trace)
-    _, bias, shares = evaluation.explain(model, image, torch.eye(10)[number])
-    entry, head = trace[-1], model.head
+        entry, head = cf.trace(model, [image])[-1], model.head
+    _, bias, contributions = evaluation.explain(model, image, torch.eye(10)[number])
     x, V = entry["tokens"][0].double().numpy(), head.cluster.v.detach().double().numpy()  # (N, D), (h, d, d)
     (N, D), h = x.shape, len(V)
-    assert shares.shape == (4, 3, 3)  # 2 x 2 cells of 2 x 2 tokens, which share the middle ones
+    assert contributions.shape == (4, 3, 3)  # 2 x 2 cells of 2 x 2 tokens, which share the middle ones
     cells = [[0, 1, 3, 4], [1, 2, 4, 5], [3, 4, 6, 7], [4, 5, 7, 8]]
     gamma, beta = head.center_norm.weight.detach().numpy(), head.center_norm.bias.detach().numpy()
     w, b = head.classifier.weight[number].detach().numpy(), head.classifier.bias[number].item()
@@ -2750,7 +2769,7 @@ def test_a_share_is_what_the_token_brought_to_the_center():
         np.testing.assert_allclose(C, entry["centers"][-1][0, k].numpy(), rtol=1e-4, atol=1e-5)
         for i in range(N):
             brought = (parts[i] - parts[i].mean()) / np.sqrt(C.var() + head.center_norm.eps)
-            np.testing.assert_allclose(shares[k].flatten()[i], w @ (gamma * brought) / 4, rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(contributions[k].flatten()[i], w @ (gamma * brought) / 4, rtol=1e-3, atol=1e-5)
     assert bias == pytest.approx(b + w @ beta, abs=1e-6)
 
 
@@ -2807,11 +2826,11 @@ def test_without_images_held_out_ones_are_drawn(tmp_path, capsys):
     assert len(list((tmp_path / "out").iterdir())) == 16
 
 
-def test_the_rounds_of_a_block_begin_with_the_cells_of_a_grid():
+def test_the_iterations_of_a_block_begin_with_the_cells_of_a_grid():
     rows = evaluation.cluster_panels(random_model().eval(), torch.rand(3, 64, 64))
     assert [title for title, _ in rows[0]] == ["image", "stride 4: 64 clusters", "stride 8: 16 clusters", "stride 16: 4 clusters",
                                                "stride 32: 1 clusters"]
-    assert [title for title, _ in rows[1]] == [f"stride 8, t = {t}" for t in range(4)]
+    assert [title for title, _ in rows[1]] == ["stride 8: C(0), the grid", "M(0)", "M(1)", "M(2)"]
     first = np.asarray(rows[1][0][1])
     assert len({tuple(first[y, x]) for y in (40, 280) for x in (40, 280)}) == 4
 
@@ -3019,7 +3038,7 @@ def test_broken_off_in_a_step_and_in_a_write_a_run_ends_with_the_weights_of_one_
     arguments = short_run("cls", tmp_path / "files")
     call(train, capsys, *arguments, "--out", tmp_path / "whole")
     out = tmp_path / "broken"
-    for module, name, last in [(train, "losses_of", 5), (os, "fsync", 7)]:
+    for module, name, last in [(cf.ClusterFormer, "loss", 5), (os, "fsync", 7)]:
 
         def broken(*arguments, right=getattr(module, name), calls=itertools.count(1)):
             if next(calls) == last:
@@ -3098,18 +3117,18 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, capsys):
     assert message.startswith(f"train.py: error: {out}/last.pt: cannot be written (") and "\n" not in message
     assert "the last whole one is still there" in message
     assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
-    cf.load_checkpoint(out / "last.pt")
+    evaluation.load_checkpoint(out / "last.pt")
 
 
 def spoil(monkeypatch, steps):
-    """From now on the loss of these calls of losses_of is not a number."""
-    calls, right = itertools.count(), train.losses_of
+    """From now on the loss of these steps is not a number."""
+    calls, right = itertools.count(), cf.ClusterFormer.loss
 
     def wrong(*arguments):
         factor = math.nan if next(calls) in steps else 1.0
         return {name: factor * loss for name, loss in right(*arguments).items()}
 
-    monkeypatch.setattr(train, "losses_of", wrong)
+    monkeypatch.setattr(cf.ClusterFormer, "loss", wrong)
 
 
 def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(tmp_path, capsys, monkeypatch, short_epochs):
@@ -3155,7 +3174,7 @@ def test_without_a_finite_loss_the_run_stops_and_its_checkpoint_is_from_before(t
     with pytest.raises(SystemExit, match=r"not finite in 20 steps in a row, 4 to 23: lower --lr .* is from before"):
         call(train, capsys, *QUICK, "--epochs", 1, "--checkpoint-every", 0, "--out", out)
     assert step_of(out) == 3
-    cf.load_checkpoint(out / "last.pt")
+    evaluation.load_checkpoint(out / "last.pt")
 
 
 def test_when_one_process_dies_the_other_does_not_wait_for_it(tmp_path):
@@ -3220,7 +3239,7 @@ def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch,
     assert printed.split(" of ")[0] in call(train, capsys, "--resume", "--out", out)  # nothing is left to do
     with pytest.raises(SystemExit, match=f"is of a run of --task {task}"):
         call(train, capsys, "--resume", "--out", out, "--task", "cls")
-    model, checkpoint = cf.load_checkpoint(out / "last.pt")
+    model, checkpoint = evaluation.load_checkpoint(out / "last.pt")
     assert checkpoint["classes"] == data.Shapes(1, 48, 0, "val", task).classes
     (answer,) = model.predict([torch.rand(3, 40, 56)])
     for name in ("masks", "semantic", "panoptic"):
@@ -3526,8 +3545,8 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
         (["--checkpoint", other], "other.pt: not a checkpoint of train.py"),
         (["--checkpoint", task], "task must be one of cls, det, inst, sem, pan, got 'depth'"),
         (["--checkpoint", fewer], "fewer.pt: not a whole checkpoint of train.py (Error(s) in loading state_dict"),
-        (["--checkpoint", older], f"older.pt: its weights are of version {cf.VERSION - 1} of the model, this is version "),
-        (["--checkpoint", first], "first.pt: its weights are of version 1 of the model, this is version "),
+        (["--checkpoint", older], f"older.pt: its weights are of version {cf.VERSION - 1}, this code needs version "),
+        (["--checkpoint", first], "first.pt: its weights are of version 1, this code needs version "),
         (["--checkpoint", checkpoint, "--data", folder], "2 classes that the model is not trained for: cat, dog"),
         (["--checkpoint", checkpoint, "--data", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--checkpoint", checkpoint, "--batch-size", 0], "--batch-size must be at least 1"),
@@ -3546,11 +3565,12 @@ def test_an_error_has_no_traceback_and_an_exit_code(tmp_path):
 
 
 def test_a_checkpoint_knows_every_argument_of_its_model(tmp_path):
-    arguments = dict(task="pan", variant="nano", num_classes=3, patch_size=2, iterations=1, drop_path=0.1, things=[True, False, True])
+    arguments = dict(task="pan", variant="nano", num_classes=3, patch_size=2, iterations=1, drop_path=0.1, label_smoothing=0.1,
+                     things=[True, False, True])
     model = cf.ClusterFormer(**arguments)
     assert model.arguments == arguments and inspect.signature(cf.ClusterFormer).parameters.keys() == arguments.keys()
     torch.save(state_of(model, ["a", "b", "c"]), tmp_path / "last.pt")
-    again, _ = cf.load_checkpoint(tmp_path / "last.pt")
+    again, _ = evaluation.load_checkpoint(tmp_path / "last.pt")
     assert again.arguments == arguments and again.backbone.stages[0][0].cluster.iterations == 1
 
 
@@ -3560,8 +3580,8 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "broken-in"),)
 
     torch.save({"model": Malice(), "ema": {}, "settings": {}, "classes": []}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        cf.load_checkpoint(tmp_path / "last.pt")
+    with pytest.raises(data.InputError, match="not a readable checkpoint"):
+        evaluation.load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "broken-in").exists()
 
 
@@ -3630,7 +3650,15 @@ def test_help_explains_every_flag(capsys, script):
     assert "default" in text
 
 
-def test_the_module_needs_nothing_but_torch():
-    lines = open(os.path.join(HERE, "clusterformer.py")).read().splitlines()
-    imports = [line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))]
-    assert set(imports) - {"torch"} <= sys.stdlib_module_names
+def test_the_module_needs_torch_and_numpy_only_and_is_readable():
+    with open(cf.__file__) as file:
+        text = file.read()
+    nodes = list(ast.walk(ast.parse(text)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} - {"torch", "numpy"} <= sys.stdlib_module_names
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is longer than a screen"
+    lengths = [len(line) for line in text.splitlines()]
+    assert max(lengths) <= 120 and sum(length > 100 for length in lengths) < 0.05 * len(lengths)

@@ -397,7 +397,9 @@ def main():
             chunks = [next(stream) for _ in range(settings["accumulate"])]  # this process's part of the batch
             # Stochastic depth and points of masks, too, are functions of the step: a resumed run goes on as if never stopped.
             torch.manual_seed(int(np.random.SeedSequence((settings["seed"], step, rank)).generate_state(1)[0]))
-            total = torch.full((), float(sum(model.count(targets) for _, targets in chunks)), device=device)
+            # With mixing, the first sample of a chunk only serves to blend the second.
+            count = sum(model.count(targets[int(mixing) :]) for _, targets in chunks)
+            total = torch.full((), float(count), device=device)
             if world_size > 1:
                 dist.all_reduce(total)
             parts = Counter()
