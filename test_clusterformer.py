@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -990,6 +991,88 @@ def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
                 labels[answer["panoptic"] == segment["id"]] = segment["label"]
             truth = (target["masks"] * (target["labels"] + 1).view(-1, 1, 1)).sum(0) - 1
             assert (labels == truth)[truth >= 0].float().mean() > 0.75
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The module in other hands
+# ---------------------------------------------------------------------------------------------------------------
+def test_label_smoothing_is_an_argument_of_the_model():
+    model, images, labels = random_model(label_smoothing=0.2), torch.rand(3, 3, 64, 64), torch.tensor([1, 7, 7])
+    output = model(images)
+    log_probability = output["logits"].log_softmax(-1)
+    expected = -sum(0.8 * row[label] + 0.2 * row.mean() for row, label in zip(log_probability, labels))
+    torch.testing.assert_close(model.loss(output, labels), {"label": expected})
+    assert model.count(labels) == 3
+
+
+def test_copied_alone_the_module_learns_boxes_and_masks(tmp_path):
+    """As in the README: the file alone in a folder, and nothing else of this project."""
+    shutil.copy(cf.__file__, tmp_path)
+    example = next(block for block in readme("python") if "model.loss" in block)
+    assert len(example.splitlines()) <= 12
+    loop = "".join(line + "\n" for line in example.splitlines())
+    script = f"""
+import torch
+torch.manual_seed(0)
+torch.set_num_threads(1)
+boxes = torch.tensor([[0.3, 0.4, 0.4, 0.5], [0.7, 0.6, 0.3, 0.4]])
+masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+masks[0, 10:42, 6:32], masks[1, 26:51, 35:54] = True, True
+image = 0.1 * torch.rand(3, 64, 64)
+image[0] += 0.6 * masks[0]
+image[2] += 0.6 * masks[1]
+batches = [([image, image.flip(-1)[:, :, 4:]], [dict(labels=torch.tensor([0, 1]), boxes=boxes, masks=masks),
+            dict(labels=torch.tensor([]).long(), boxes=boxes[:0], masks=masks[:0, :, 4:])])] * 12
+for task in ("det", "inst"):
+    history = []
+    exec({loop!r}.replace('"inst"', "task").replace('"tiny"', '"nano"'), globals())
+    assert sum(history[-3:]) < 0.6 * sum(history[:3]), (task, history)
+    (first, _) = model.predict(batches[0][0])
+    assert first.keys() - {{"masks"}} == {{"scores", "labels", "boxes"}} and ("masks" in first) == (task == "inst")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class DepthHead(torch.nn.Module):
+    """A task that the module does not have: the depth of every token of the finest map."""
+
+    def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
+        super().__init__()
+        self.depth = torch.nn.Linear(backbone.channels[0], 1)
+
+    def forward(self, maps, layouts):
+        return {"depth": self.depth(maps[0])[..., 0]}
+
+    def loss(self, output, targets):
+        return {"l1": (output["depth"] - targets).abs().mean((1, 2)).sum()}
+
+    def count(self, targets):
+        return len(targets)
+
+    def predict(self, output, image_sizes, sizes):
+        return [{"depth": F.interpolate(x[None, None], size)[0, 0]} for x, size in zip(output["depth"], sizes)]
+
+
+def test_a_new_task_is_one_class_and_one_entry(monkeypatch):
+    monkeypatch.setitem(cf.TASKS, "depth", DepthHead)
+    model = cf.ClusterFormer("depth", "nano").train()
+    images, truth = torch.rand(2, 3, 64, 96), torch.rand(2, 16, 24)
+    (sum(model.loss(model(images), truth).values()) / model.count(truth)).backward()
+    assert model.backbone.stem[0].weight.grad.abs().sum() > 0
+    assert [prediction["depth"].shape for prediction in model.predict(images)] == [(64, 96)] * 2
+
+
+def test_a_new_variant_is_one_entry(tmp_path, monkeypatch):
+    monkeypatch.setitem(cf.VARIANTS, "base", cf.VARIANTS["small"] | dict(channels=(128, 256, 512, 1024)))
+    arguments = ["train.py", "--variant", "base", "--data", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert train.parse_settings()["drop_path"] == 0.3
+    monkeypatch.setattr(sys, "argv", [".github/benchmark.py", "--variant", "base"])
+    monkeypatch.setattr(benchmark, "benchmark", lambda variant, *_: sys.exit(f"measures {variant}"))
+    with pytest.raises(SystemExit, match="measures base"):
+        benchmark.main()
+    assert benchmark.peers("base") == ("swin_t", "convnext_tiny")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3260,7 +3343,7 @@ def test_own_objects_start_from_a_checkpoint_with_a_slow_backbone(tmp_path, caps
     arguments = ["--task", "inst", "--data", tmp_path, "--variant", "nano", "--image-size", 64, "--test-size", 48]
     arguments += ["--batch-size", 2, "--epochs", 2, "--init", checkpoint, "--workers", 0, "--out", out]
     printed = call(train, capsys, *arguments)
-    assert "training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, 1 objects without area or mask" in printed and "new: decoder." in printed
+    assert "training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, 1 objects without area or mask" in printed and "new: head.decoder." in printed
     assert seen["rate"] == 0.1 and len((out / "log.jsonl").read_text().splitlines()) == 2
     printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--per-class")
     assert "mask AP" in printed and "kite" in printed
@@ -3625,7 +3708,7 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "cls").mkdir(parents=True)
     saved_checkpoint(tmp_path / "runs" / "cls" / "last.pt", "cls")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save("photo.jpg")
-    first, detector = readme("python")
+    first, _, detector = readme("python")
     exec(first, {})
     printed = capsys.readouterr().out
     assert any(name in printed for name in data.THINGS) and "torch.Size([1, 4, 2, 6]) torch.Size([2, 3])" in printed

@@ -29,7 +29,10 @@ from clusterformer import VARIANTS, ClusterFormer
 from data import Folder, InputError, train_transform
 from eval import PAPER_CLASSES, run, start_processes
 
-PEERS = {"small": ("swin_s", "convnext_small")}  # of other variants: their Tiny
+
+def peers(variant):
+    """Classifiers of torchvision of about the same size."""
+    return ("swin_s", "convnext_small") if variant == "small" else ("swin_t", "convnext_tiny")
 
 
 def build(name):
@@ -111,7 +114,7 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=False, rou
     The models take turns, round after round, since other work on a machine comes and goes: a ratio is the median over
     the rounds of the ratios within a round.
     """
-    names = (*(PEERS.get(variant, ("swin_t", "convnext_tiny")) if task == "cls" else ()), f"{variant} {task}")
+    names = (*(peers(variant) if task == "cls" else ()), f"{variant} {task}")
     shape = (batch_size, 3, *image_size)
     images = torch.rand(shape, device=device)
     rows, runs, times = [], {}, {}
