@@ -42,7 +42,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-MEAN_COLOUR = (0.485, 0.456, 0.406)  # ImageNet's; what erasing and rotation leave behind looks like nothing
+MEAN_COLOR = (0.485, 0.456, 0.406)  # ImageNet's; what erasing and rotation leave behind looks like nothing
 
 
 class InputError(ValueError):
@@ -98,7 +98,7 @@ def pattern(rng, kind, x, y):
 
 
 def paint(rng, base, kind, x, y):
-    """Colours (3, h, w): the base colour, swung by the pattern towards another one and away from it."""
+    """Colors (3, h, w): the base color, swung by the pattern towards another one and away from it."""
     swing = rng.uniform(-0.15, 0.15, (3, 1, 1)).astype(np.float32)
     return base.reshape(3, 1, 1) + swing * pattern(rng, kind, x, y)
 
@@ -106,8 +106,8 @@ def paint(rng, base, kind, x, y):
 def draw_scene(rng, size, things):
     """One scene: three to five regions of stuff, and things over them, later ones on top.
 
-    rng: numpy Generator.  size: side in pixels.  things: list of (class index, radius, x, y), radius and centre
-    in fractions of the side; rotation, stretch, colour and pattern are drawn here, independent of the class.
+    rng: numpy Generator.  size: side in pixels.  things: list of (class index, radius, x, y), radius and center
+    in fractions of the side; rotation, stretch, color and pattern are drawn here, independent of the class.
     Returns the image, uint8 (3, size, size), and the segments, int64 (size, size): i for the visible pixels of
     things[i], -1 - s for stuff of class s.
     """
@@ -125,7 +125,7 @@ def draw_scene(rng, size, things):
 
     for i, (category, radius, cx, cy) in enumerate(things):
         radius, cx, cy = radius * size, cx * size, cy * size
-        reach = 1.2 * radius + 1  # nothing of the thing lies farther from its centre
+        reach = 1.2 * radius + 1  # nothing of the thing lies farther from its center
         rows = slice(max(0, int(cy - reach)), max(0, int(cy + reach) + 1))
         columns = slice(max(0, int(cx - reach)), max(0, int(cx + reach) + 1))
         dx, dy = (x[:, columns] - cx) / radius, (y[rows] - cy) / radius
@@ -134,11 +134,11 @@ def draw_scene(rng, size, things):
         v = math.cos(angle) / stretch * dy - math.sin(angle) / stretch * dx
         alpha = np.clip(0.5 - radius * list(THINGS.values())[category](u, v), 0, 1)  # one pixel of soft edge
         under = image[:, rows, columns]
-        # Of three colours take the one farthest from what it covers: a thing that cannot be seen teaches nothing.
-        colours = rng.uniform(0, 1, (3, 3)).astype(np.float32)
-        base = colours[np.abs(colours - under.mean((1, 2))).sum(1).argmax()]
-        colour = paint(rng, base, STUFF[rng.integers(len(STUFF))], x[:, columns], y[rows])
-        under += alpha * (colour - under)
+        # Of three colors take the one farthest from what it covers: a thing that cannot be seen teaches nothing.
+        colors = rng.uniform(0, 1, (3, 3)).astype(np.float32)
+        base = colors[np.abs(colors - under.mean((1, 2))).sum(1).argmax()]
+        color = paint(rng, base, STUFF[rng.integers(len(STUFF))], x[:, columns], y[rows])
+        under += alpha * (color - under)
         segments[rows, columns][alpha > 0.5] = i
     image += 0.02 * rng.standard_normal(image.shape, dtype=np.float32)
     return (image.clip(0, 1) * 255).astype(np.uint8), segments
@@ -288,10 +288,10 @@ def header_size(path):
 
 
 def load_image(path):
-    """The image as PIL RGB, upright: grey, palette, CMYK, 16-bit and EXIF-rotated files included."""
+    """The image as PIL RGB, upright: gray, palette, CMYK, 16-bit and EXIF-rotated files included."""
     with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies the pixels of every image
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255 instead of scaling
+        if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255 instead of scaling
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
         if "transparency" in image.info:
             image = image.convert("RGBA")
@@ -301,7 +301,7 @@ def load_image(path):
 def train_transform(size, randaugment, erasing):
     """PIL RGB -> uint8 (3, size, size).  randaugment: magnitude, 0 (none) to 30.  erasing: probability."""
     steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
-    fill = [round(255 * value) for value in MEAN_COLOUR]
+    fill = [round(255 * value) for value in MEAN_COLOR]
     if randaugment:
         operation = v2.RandAugment(1, randaugment, interpolation=InterpolationMode.BILINEAR, fill=fill)
         steps += [v2.RandomApply([operation], 0.5)] * 2  # one operation on average, as in Swin's recipe, not always two
@@ -396,7 +396,7 @@ class Folder(Dataset):
 # In training data[epoch, index] is an image, uint8 (3, H, W), and what is in it, a dictionary:
 #
 #     labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
-#     boxes   (n, 4) float32       centre x, centre y, width, height, in fractions of the image
+#     boxes   (n, 4) float32       center x, center y, width, height, in fractions of the image
 #     masks   (n, H, W) bool       det has none
 #
 # In evaluation (no crop) the dictionary holds the image's `index` and its `size` (H, W) in the file; what is right is
@@ -454,14 +454,14 @@ def dense_train_transform(task, size):
     """Augmentation of an image and what is in it, of any size; training_sample then crops it to `size`.
 
     det, inst, pan: COCO's large-scale jitter, 0.1 to 2 times what fits into size x size.
-    sem: ADE20K's, a short side of 0.5 to 2 times `size`, and changed light and colours.
+    sem: ADE20K's, a short side of 0.5 to 2 times `size`, and changed light and colors.
     """
     if task != "sem":
         return v2.Compose([Rescale(size, size, 0.1, 2.0), v2.RandomHorizontalFlip()])
-    # Colours come first, while the image is small.  Not RandomPhotometricDistort: it also swaps red for blue, and sky
+    # Colors come first, while the image is small.  Not RandomPhotometricDistort: it also swaps red for blue, and sky
     # is told from sand by that.
-    colours = v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
-    return v2.Compose([colours, Rescale(size, 4 * size, 0.5, 2.0), v2.RandomHorizontalFlip()])
+    colors = v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
+    return v2.Compose([colors, Rescale(size, 4 * size, 0.5, 2.0), v2.RandomHorizontalFlip()])
 
 
 def dense_eval_transform(size, max_size):
@@ -952,10 +952,10 @@ class Coco(Dataset):
         what = "segments" if self.task == "pan" else "objects"
         line = f"{len(self)} images, {len(self.classes)} classes, {self.objects} {what}, {self.crowds} crowds ignored"
         dropped, nothing = self.dropped + total["unseen"], dict(det="area", inst="area or mask", pan="pixels")[self.task]
-        line += f", {dropped} {what} without {nothing} are left out" if dropped else ""
+        line += f", ignored {dropped} {what} without {nothing}" if dropped else ""
         line += f", {total['void'] / total['pixels']:.1%} of the pixels void" if self.task == "pan" else ""
         names = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-        return [line] + [f"categories without annotations are left out: {names}"] * bool(names)
+        return [line] + [f"ignored categories without annotations: {names}"] * bool(names)
 
 
 class Ade(Dataset):
@@ -996,7 +996,7 @@ class Ade(Dataset):
         if not any(map(self.is_labeled, range(len(self)))):  # unless something is wrong, this looks at one map
             total, faults = self.surveyed or survey(self.check, len(self), "looking for labels")
             only = f"only the values {', '.join(map(str, sorted(total)))}; number classes from 1, 0 and 255 are void"
-            raise InputError(f"{self.maps}: not one labelled pixel in it, {only if total else faults[0][1]}")
+            raise InputError(f"{self.maps}: no labeled pixel, {only if total else faults[0][1]}")
 
     def read_table(self):
         """The names of the classes in objectInfo150.txt."""
@@ -1020,7 +1020,7 @@ class Ade(Dataset):
         labels = sorted(label for label in self.surveyed[0] if label > 0)
         if labels[-1:] == [255] and 1 < len(labels) < 255:
             labels.pop()  # the classes do not reach it
-        # Masks of 0 and 255, and of other shades of grey, are no numbers of classes.
+        # Masks of 0 and 255, and of other shades of gray, are no numbers of classes.
         if labels and labels[-1] > 10 * len(labels):
             found = ", ".join(map(str, sorted(self.surveyed[0])[:5]))
             raise InputError(
@@ -1037,8 +1037,8 @@ class Ade(Dataset):
             pixels = np.asarray(image)
             channels = pixels.reshape(*pixels.shape[:2], -1)[..., : len(image.getbands()) - ("A" in image.getbands())]
         if halved or (channels != channels[..., :1]).any():
-            what = "16 bits a channel" if halved else "colours"
-            raise InputError(f"{path}: {what} in it; the data set has labels from 1, 0 where void, as grey or palette PNG")
+            what = "16 bits a channel" if halved else "colors"
+            raise InputError(f"{path}: {what} in it; the data set has labels from 1, 0 where void, as gray or palette PNG")
         return path, torch.from_numpy(channels[..., 0].astype(np.int64))
 
     def is_labeled(self, index):
@@ -1237,12 +1237,12 @@ class GlobalBatches(Sampler):
     The order of an epoch is a permutation drawn from (seed, epoch); step s takes the next `batch_size` of it; the
     last, incomplete batch of an epoch is left out.  A global batch is cut into world_size * accumulate equal chunks
     in order, and this process takes `accumulate` of them, so that the images of step s are the same for any
-    number of processes.  With `neighbour` every chunk is preceded by the sample before it in the global
+    number of processes.  With `neighbor` every chunk is preceded by the sample before it in the global
     batch, with which `mix` mixes its first sample: it costs one more image a chunk, and no communication.
     """
 
     def __init__(
-        self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, neighbour=False, first_step=0
+        self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, neighbor=False, first_step=0
     ):
         if batch_size % (world_size * accumulate):
             raise InputError(
@@ -1250,7 +1250,7 @@ class GlobalBatches(Sampler):
             )
         if batch_size > length:
             raise InputError(f"--batch-size {batch_size} is more than the {length} training images")
-        self.length, self.batch_size, self.seed, self.neighbour = length, batch_size, seed, neighbour
+        self.length, self.batch_size, self.seed, self.neighbor = length, batch_size, seed, neighbor
         self.first_step, self.steps = first_step, steps
         self.chunk = batch_size // (world_size * accumulate)
         self.chunks = range(rank * accumulate, (rank + 1) * accumulate)
@@ -1268,7 +1268,7 @@ class GlobalBatches(Sampler):
             batch = order[position * self.batch_size :][: self.batch_size].tolist()
             for chunk in self.chunks:
                 start = chunk * self.chunk
-                first = [batch[start - 1]] if self.neighbour else []  # -1: the batch is a ring, as in mix
+                first = [batch[start - 1]] if self.neighbor else []  # -1: the batch is a ring, as in mix
                 yield [(epoch, index) for index in first + batch[start : start + self.chunk]]
 
 
@@ -1280,7 +1280,7 @@ def collate(samples):
 def mix(images, labels, num_classes, mixup, cutmix, seed, step):
     """Mixup or cutmix, half of the time each, of every sample with the one before it; drawn from (seed, step).
 
-    images (1 + b, 3, H, W), labels (1 + b,): a chunk of GlobalBatches with its neighbour, which is dropped again.
+    images (1 + b, 3, H, W), labels (1 + b,): a chunk of GlobalBatches with its neighbor, which is dropped again.
     mixup, cutmix: the parameter of their Beta distributions, 0 for never.
     Returns images (b, 3, H, W) and targets (b, num_classes), rows summing to 1.
     """

@@ -126,7 +126,7 @@ def validation_set(data, image_size, task="cls", classes=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Figures of the dense tasks
 # ---------------------------------------------------------------------------------------------------------------
-COCO_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 def coco_results(prediction, image_id, categories):
@@ -146,7 +146,7 @@ def coco_results(prediction, image_id, categories):
     return results
 
 
-def coco_figures(truth, results, kind):
+def coco_metrics(truth, results, kind):
     """COCO's twelve figures, nan where there is nothing to find, and a list of the AP of each class.
 
     truth: COCO object.  results: list of dictionaries as above.  kind: "bbox" or "segmentation", what is compared.
@@ -158,7 +158,7 @@ def coco_figures(truth, results, kind):
         coco.evaluate()
         coco.accumulate()
         coco.summarize()
-    figures = {name: value if value >= 0 else math.nan for name, value in zip(COCO_FIGURES, coco.stats.tolist())}
+    figures = {name: value if value >= 0 else math.nan for name, value in zip(COCO_METRICS, coco.stats.tolist())}
     precision = torch.from_numpy(coco.eval["precision"][..., 0, -1])  # (IoU thresholds, recalls, classes)
     each = precision.where(precision >= 0, math.nan).nanmean((0, 1)).tolist()  # in the order of the categories' numbers
     numbers = [category["id"] for category in truth.dataset["categories"]]
@@ -218,7 +218,7 @@ def confusion_counts(predicted, truth, num_classes):
     return torch.bincount(truth[real] * num_classes + predicted[real], minlength=num_classes**2).view(num_classes, -1)
 
 
-def semantic_figures(confusion):
+def semantic_metrics(confusion):
     """mIoU over the classes that occur in truth or prediction, pixel accuracy, and IoU per class (nan: not there)."""
     right = confusion.diag().double()
     union = confusion.sum(0) + confusion.sum(1) - right
@@ -260,8 +260,8 @@ def print_metrics(metrics, task, compare):
     print(f"{describe(metrics, task)} of {metrics['images']} images{paper}")
     if task in ("det", "inst"):
         kinds = {"box": ""} if task == "det" else {"box": "box_", "mask": "mask_"}
-        rows = [[kind, *(f"{metrics[prefix + name]:.3f}" for name in COCO_FIGURES)] for kind, prefix in kinds.items()]
-        print_table([["", *COCO_FIGURES], *rows])
+        rows = [[kind, *(f"{metrics[prefix + name]:.3f}" for name in COCO_METRICS)] for kind, prefix in kinds.items()]
+        print_table([["", *COCO_METRICS], *rows])
     if "per_class" in metrics:
         rows = metrics["per_class"]
         print_table([list(rows[0]), *([x if isinstance(x, str) else f"{x:.3f}" for x in row.values()] for row in rows)])
@@ -310,7 +310,7 @@ def accuracy(model, batches, device):
     return {"top1": top1 / seen, "top5": top5 / seen, "images": seen}
 
 
-def judge(dataset, task, index, prediction, folder):
+def score_image(dataset, task, index, prediction, folder):
     """Compares the prediction for an image with the truth.  Returns what has to be kept of it, a few kilobytes.
 
     det, inst: COCO results.  sem: confusion, sparse, since an image has few classes.  pan: counts, and, if its PNG is to be
@@ -333,13 +333,13 @@ def judge(dataset, task, index, prediction, folder):
     return coco_results(prediction, number, categories)
 
 
-def dense_figures(dataset, task, kept):
+def dense_metrics(dataset, task, kept):
     """evaluate()'s figures from what was kept of all images, in their order; for the eye, figures of each class.
 
     Returns the figures, a dictionary, and the columns of a table, name -> a list of one float a class.
     """
     if task == "sem":
-        figures, iou = semantic_figures(sum(confusion.to_dense() for confusion in kept))
+        figures, iou = semantic_metrics(sum(confusion.to_dense() for confusion in kept))
         return figures, dict(IoU=iou.tolist())
     if task == "pan":
         counts = sum(counts for counts, _ in kept)  # one after the other: the same to the last bit, whoever counted
@@ -349,10 +349,10 @@ def dense_figures(dataset, task, kept):
         each = torch.eye(len(things), dtype=torch.bool)
         return figures, dict(zip(("PQ", "SQ", "RQ"), zip(*(panoptic_quality(counts, one) for one in each))))
     truth, results = dataset.coco(), list(itertools.chain(*kept))
-    boxes, box_ap = coco_figures(truth, results, "bbox")
+    boxes, box_ap = coco_metrics(truth, results, "bbox")
     if task == "det":
         return boxes, dict(AP=box_ap)
-    masks, mask_ap = coco_figures(truth, results, "segmentation")
+    masks, mask_ap = coco_metrics(truth, results, "segmentation")
     figures = {f"box_{name}": value for name, value in boxes.items()}
     return figures | {f"mask_{name}": value for name, value in masks.items()}, dict(box_AP=box_ap, mask_AP=mask_ap)
 
@@ -366,7 +366,7 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     Returns the number of "images" and figures, fractions of 1, nan where the data set has nothing of the kind; the same
     on every process:
         cls: top1, top5   sem: miou, pixel_accuracy   pan: PQ, SQ, RQ, and the same of things, PQ_th, and of stuff, PQ_st
-        det: COCO_FIGURES   inst: the same of boxes, box_AP, and of masks, mask_AP
+        det: COCO_METRICS   inst: the same of boxes, box_AP, and of masks, mask_AP
     per_class: adds "per_class", a list of a dictionary for each class; not for cls.
     """
     task, distributed = model.task, dist.is_initialized()
@@ -388,7 +388,7 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             predictions = model.predict(images, [tuple(target["size"]) for target in targets])
         for target, prediction in zip(targets, predictions):
-            kept[target["index"]] = judge(dataset, task, target["index"], prediction, folder)
+            kept[target["index"]] = score_image(dataset, task, target["index"], prediction, folder)
     parts = [kept]
     if distributed:
         parts = [None] * world_size if rank == 0 else None
@@ -397,7 +397,7 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     if rank == 0:
         kept = {index: what for part in parts for index, what in part.items()}
         kept = [kept[index] for index in range(len(dataset))]
-        figures, columns = dense_figures(dataset, task, kept)
+        figures, columns = dense_metrics(dataset, task, kept)
         metrics = [figures | dict(images=len(dataset))]
         if per_class:
             rows = zip(dataset.classes, *columns.values())
@@ -415,14 +415,14 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
 SURE = 0.3  # of det and inst, what is drawn; --json has everything
-# Seven colours that colour-blind readers can tell apart (Okabe and Ito, 2008); more are paler ones of the same.
-COLOURS = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66)]
+# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008); more are paler ones of the same.
+COLORS = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0), (240, 228, 66)]
 
 
-def colour(number):
+def color(number):
     """Of a class, an object or a cluster, RGB."""
-    pale = (0.0, 0.5, 0.25, 0.7)[number // len(COLOURS) % 4]
-    return tuple(round(c + pale * (255 - c)) for c in COLOURS[number % len(COLOURS)])
+    pale = (0.0, 0.5, 0.25, 0.7)[number // len(COLORS) % 4]
+    return tuple(round(c + pale * (255 - c)) for c in COLORS[number % len(COLORS)])
 
 
 def shown(image, side):
@@ -439,11 +439,11 @@ def enlarged(values, size):
 
 
 def painted(image, regions, alpha=0.7):
-    """Regions in their colours over an image, with white borders, which tell them apart without colours, too.
+    """Regions in their colors over an image, with white borders, which tell them apart without colors, too.
 
     image: float (3, H, W).  regions: int64 (H, W), -1 for none.  Returns a PIL picture.
     """
-    table = torch.tensor([colour(number) for number in range(max(1, int(regions.max()) + 1))]) / 255  # (n, 3)
+    table = torch.tensor([color(number) for number in range(max(1, int(regions.max()) + 1))]) / 255  # (n, 3)
     over = torch.lerp(image, table[regions.clamp(min=0)].permute(2, 0, 1), alpha * (regions >= 0).float())
     border = torch.zeros_like(regions, dtype=torch.bool)
     border[1:] |= regions[1:] != regions[:-1]
@@ -473,7 +473,7 @@ def middle(mask):
 
 
 def legend(rows):
-    """A panel of lines of text, each with a bar of its colour before it.  rows: (colour, text, length of the bar, 0 to 1)."""
+    """A panel of lines of text, each with a bar of its color before it.  rows: (color, text, length of the bar, 0 to 1)."""
     font = ImageFont.load_default(15)
     width = max([60, *(int(font.getlength(text)) for _, text, _ in rows)])
     panel = Image.new("RGB", (84 + width, 24 * len(rows) + 8), "white")
@@ -501,59 +501,59 @@ def sheet(rows):
     return whole
 
 
-def as_data(answer, names):
-    """One of predict()'s answers as a list of dictionaries; masks are run lengths, as in COCO's files."""
+def as_data(prediction, names):
+    """One of predict()'s predictions as a list of dictionaries; masks are run lengths, as in COCO's files."""
 
     def runs(mask):
         rle = mask_utils.encode(np.asfortranarray(mask.numpy(), np.uint8))
         return dict(size=rle["size"], counts=rle["counts"].decode())
 
-    if "semantic" in answer:
-        masks = {c: answer["semantic"] == c for c in answer["semantic"].unique().tolist()}
+    if "semantic" in prediction:
+        masks = {c: prediction["semantic"] == c for c in prediction["semantic"].unique().tolist()}
         return [dict(name=names[c], share=mask.float().mean().item(), mask=runs(mask)) for c, mask in masks.items()]
-    if "panoptic" in answer:
-        parts = [(part, answer["panoptic"] == part["id"]) for part in answer["segments"]]
+    if "panoptic" in prediction:
+        parts = [(part, prediction["panoptic"] == part["id"]) for part in prediction["segments"]]
         return [dict(name=names[p["label"]], score=p["score"], isthing=p["isthing"], mask=runs(mask)) for p, mask in parts]
-    rows = [dict(name=names[c], score=score) for c, score in zip(answer["labels"].tolist(), answer["scores"].tolist())]
+    rows = [dict(name=names[c], score=score) for c, score in zip(prediction["labels"].tolist(), prediction["scores"].tolist())]
     for i, row in enumerate(rows):
-        if "boxes" in answer:
-            row["box"] = [round(x, 2) for x in answer["boxes"][i].tolist()]  # left, top, right, bottom, in pixels of the file
-        if "masks" in answer:
-            row["mask"] = runs(answer["masks"][i])
+        if "boxes" in prediction:
+            row["box"] = [round(x, 2) for x in prediction["boxes"][i].tolist()]  # left, top, right, bottom, in pixels of the file
+        if "masks" in prediction:
+            row["mask"] = runs(prediction["masks"][i])
     return rows
 
 
-def prediction_panels(answer, names, image, size):
-    """One of predict()'s answers, in pixels of size (H, W), beside its image, float (3, H, W), whatever its size."""
+def prediction_panels(prediction, names, image, size):
+    """One of predict()'s predictions, in pixels of size (H, W), beside its image, float (3, H, W), whatever its size."""
     image = shown(image, 560)
     sides = image.shape[1:]
     first = ("image", functional.to_pil_image(image))
-    if "semantic" in answer:
-        regions, name_of = answer["semantic"], names
+    if "semantic" in prediction:
+        regions, name_of = prediction["semantic"], names
         text_of = [f"{name} {(regions == c).float().mean():.1%}" for c, name in enumerate(names)]
-    elif "panoptic" in answer:
+    elif "panoptic" in prediction:
         regions = torch.full(size, -1)
-        for i, part in enumerate(answer["segments"]):
-            regions[answer["panoptic"] == part["id"]] = i
-        name_of = [names[part["label"]] for part in answer["segments"]]
-        text_of = [f"{name} {part['score']:.2f}" for name, part in zip(name_of, answer["segments"])]
+        for i, part in enumerate(prediction["segments"]):
+            regions[prediction["panoptic"] == part["id"]] = i
+        name_of = [names[part["label"]] for part in prediction["segments"]]
+        text_of = [f"{name} {part['score']:.2f}" for name, part in zip(name_of, prediction["segments"])]
     else:
-        scores, found = answer["scores"].tolist(), [names[c] for c in answer["labels"].tolist()]
-        if "boxes" not in answer:
-            return [first, ("prediction", legend([(colour(0), f"{s:.3f} {name}", s) for s, name in zip(scores, found)]))]
+        scores, found = prediction["scores"].tolist(), [names[c] for c in prediction["labels"].tolist()]
+        if "boxes" not in prediction:
+            return [first, ("prediction", legend([(color(0), f"{s:.3f} {name}", s) for s, name in zip(scores, found)]))]
         sure, regions = sum(score >= SURE for score in scores), torch.full(sides, -1)
-        for i in reversed(range(sure if "masks" in answer else 0)):  # the surest on top
-            regions[enlarged(answer["masks"][i], sides)] = i
+        for i in reversed(range(sure if "masks" in prediction else 0)):  # the surest on top
+            regions[enlarged(prediction["masks"][i], sides)] = i
         picture, stretch = painted(image, regions), torch.tensor([sides[1] / size[1], sides[0] / size[0]] * 2)
-        boxes = (answer["boxes"][:sure] * stretch).tolist()
+        boxes = (prediction["boxes"][:sure] * stretch).tolist()
         for i, box in enumerate(boxes):
-            ImageDraw.Draw(picture).rectangle(box, outline=colour(i), width=3)
+            ImageDraw.Draw(picture).rectangle(box, outline=color(i), width=3)
         label(picture, [box[:2] for box in boxes], [f"{name} {score:.2f}" for name, score in zip(found, scores)])
         return [first, (f"{sure} surer than {SURE}", picture)]
     regions = enlarged(regions, sides)
     picture, numbers = painted(image, regions), [n for n in regions.unique().tolist() if n >= 0]
     label(picture, [middle(regions == n) for n in numbers], [name_of[n] for n in numbers])
-    return [first, ("prediction", picture), ("", legend([(colour(n), text_of[n], 1) for n in numbers]))]
+    return [first, ("prediction", picture), ("", legend([(color(n), text_of[n], 1) for n in numbers]))]
 
 
 def regions_of(assignment, map_size, image, stride):
@@ -627,12 +627,12 @@ def explanation_panels(model, image, names, chosen):
     stride, picture = model.backbone.strides[-1], shown(image, 320)
 
     def over(values, largest, strength=0.8):
-        """A map over the grey image: orange speaks for, blue against, grey is neutral; the colours are full at `largest`."""
+        """A map over the gray image: orange speaks for, blue against, gray is neutral; the colors are full at `largest`."""
         values = values.repeat_interleave(stride, 0).repeat_interleave(stride, 1)[: image.shape[1], : image.shape[2]]
         values = enlarged(values, picture.shape[1:]) / largest.clamp(min=1e-9)
-        grey = picture.mean(0).expand(3, -1, -1)
+        gray = picture.mean(0).expand(3, -1, -1)
         ends = torch.tensor([(213, 94, 0), (0, 114, 178)])[(values < 0).long()].permute(2, 0, 1) / 255
-        return functional.to_pil_image(torch.lerp(grey, ends, strength * values.abs().clamp(max=1)))
+        return functional.to_pil_image(torch.lerp(gray, ends, strength * values.abs().clamp(max=1)))
 
     what = " - ".join(names[number] for number in chosen)
     rows = [[("image", functional.to_pil_image(picture)), (f"{what}: {value:.3f}", over(total, total.abs().max()))]]
@@ -684,9 +684,9 @@ def draw(model, classes, items, out, clusters, chosen, device):
     found, used = [], Counter()
     for name, image, size in tqdm(items, "draw", leave=False, disable=None):
         image = image.to(device)
-        (answer,) = model.predict([image], [size])
-        answer = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in answer.items()}
-        sheets = {"": [prediction_panels(answer, classes, image.cpu(), size)]}
+        (prediction,) = model.predict([image], [size])
+        prediction = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in prediction.items()}
+        sheets = {"": [prediction_panels(prediction, classes, image.cpu(), size)]}
         if clusters:
             sheets["-clusters"] = cluster_panels(model, image)
         if chosen is not None:
@@ -696,7 +696,7 @@ def draw(model, classes, items, out, clusters, chosen, device):
         stem += f"-{used[stem]}" if used[stem] > 1 else ""
         for suffix, rows in sheets.items():
             sheet(rows).save(os.path.join(out, f"{stem}{suffix}.png"))
-        found.append(dict(image=name, height=size[0], width=size[1], found=as_data(answer, classes)))
+        found.append(dict(image=name, height=size[0], width=size[1], found=as_data(prediction, classes)))
     print(f"{len(found)} images drawn in {out}")
     return found
 

@@ -141,13 +141,13 @@ def test_sharp_assignments_are_those_of_spherical_kmeans():
     np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=1e-4)
 
 
-def test_a_pixel_that_looks_like_no_center_hardly_moves_any():
+def test_a_token_that_looks_like_no_center_hardly_moves_any():
     module = cf.RecurrentCrossAttentionClustering(8, 1, iterations=1)
     centers = torch.eye(8)[:2][None]
     tokens = torch.cat([centers[0].repeat(5, 1), torch.eye(8)[7:]])[None]  # five like each center, one like neither
     C, M = module(centers, tokens)
-    torch.testing.assert_close(M[0, 0, :, -1], torch.full((2,), 0.5))  # shared out nevertheless
-    assert (C - centers)[0, :, 7].max() < 1e-4  # its part in the means; by shares alone it would be 0.5 / 5.5
+    torch.testing.assert_close(M[0, 0, :, -1], torch.full((2,), 0.5))  # it is divided among them nevertheless
+    assert (C - centers)[0, :, 7].max() < 1e-4  # its part in the means; with M alone as weight it would be 0.5 / 5.5
 
 
 def test_each_token_is_divided_among_the_clusters_and_padding_belongs_to_none():
@@ -398,13 +398,13 @@ def test_exported_it_gives_the_same_for_any_batch(monkeypatch):
 def test_predict_gives_the_five_best_classes_and_leaves_the_mode():
     model = random_model().train()
     images = [torch.rand(3, 40, 60), torch.rand(3, 64, 64)]
-    answers = model.predict(images)
-    assert model.training and len(answers) == 2
+    predictions = model.predict(images)
+    assert model.training and len(predictions) == 2
     probabilities = model.eval()(images)["logits"].softmax(-1)
-    for answer, row in zip(answers, probabilities):
-        torch.testing.assert_close(answer["scores"], row.sort(descending=True).values[:5])
-        torch.testing.assert_close(answer["scores"], row[answer["labels"]])  # rounding ranks those that are nearly equal
-        assert len(set(answer["labels"].tolist())) == 5
+    for prediction, row in zip(predictions, probabilities):
+        torch.testing.assert_close(prediction["scores"], row.sort(descending=True).values[:5])
+        torch.testing.assert_close(prediction["scores"], row[prediction["labels"]])  # rounding ranks those that are nearly equal
+        assert len(set(prediction["labels"].tolist())) == 5
 
 
 @pytest.mark.parametrize(
@@ -465,18 +465,18 @@ def some_targets(task, n=(3, 1), size=64):
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_the_answers_of_all_layers_have_the_promised_shapes(task):
+def test_the_predictions_of_all_layers_have_the_promised_shapes(task):
     model = random_dense(task)
     with torch.no_grad():
         output = model(torch.rand(2, 3, 96, 101))
     assert len(output["aux"]) == 3 and output.keys() == KEYS[task] | {"logits", "aux"}
-    for answer in [output, *output["aux"]]:
-        assert answer.keys() - {"aux"} == KEYS[task] | {"logits"}
-        assert answer["logits"].shape == (2, 100, 5)
-        if "boxes" in answer:
-            assert answer["boxes"].shape == (2, 100, 4) and 0 <= answer["boxes"].min() and answer["boxes"].max() <= 1
-        if "masks" in answer:
-            assert answer["masks"].shape == (2, 100, 24, 26)
+    for prediction in [output, *output["aux"]]:
+        assert prediction.keys() - {"aux"} == KEYS[task] | {"logits"}
+        assert prediction["logits"].shape == (2, 100, 5)
+        if "boxes" in prediction:
+            assert prediction["boxes"].shape == (2, 100, 4) and 0 <= prediction["boxes"].min() and prediction["boxes"].max() <= 1
+        if "masks" in prediction:
+            assert prediction["masks"].shape == (2, 100, 24, 26)
 
 
 def found_again(objects, among):
@@ -505,12 +505,12 @@ def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
             if key == "masks":
                 value = value[:, : own[key].shape[2], : own[key].shape[3]]
             torch.testing.assert_close(value, own[key][0], atol=1e-4, rtol=1e-4)
-    for answer, (own,) in zip(model.predict(images), [model.predict([image]) for image in images]):
-        assert answer.keys() == own.keys()
+    for prediction, (own,) in zip(model.predict(images), [model.predict([image]) for image in images]):
+        assert prediction.keys() == own.keys()
         if "scores" in own:
-            assert found_again(own, answer) > 0.95 and found_again(answer, own) > 0.95
+            assert found_again(own, prediction) > 0.95 and found_again(prediction, own) > 0.95
         for key in own.keys() & {"semantic", "panoptic"}:
-            assert answer[key].shape == own[key].shape and (answer[key] == own[key]).float().mean() > 0.99
+            assert prediction[key].shape == own[key].shape and (prediction[key] == own[key]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("task", DENSE)
@@ -541,11 +541,11 @@ def test_dense_tasks_under_bfloat16_autocast_are_close(task):
 
 
 def strange_images(rng):
-    """Images of any size and aspect ratios up to 10: of noise, of one colour, of extremes."""
-    for kind in ("noise", "black", "white", "grey", "checks", "spot"):
+    """Images of any size and aspect ratios up to 10: of noise, of one color, of extremes."""
+    for kind in ("noise", "black", "white", "gray", "checks", "spot"):
         short = int(rng.integers(32, 120))
         long = min(300, int(short * rng.uniform(1, 10)))
-        image = torch.full((3, *rng.permutation([short, long])), dict(white=1.0, grey=0.5).get(kind, 0.0))
+        image = torch.full((3, *rng.permutation([short, long])), dict(white=1.0, gray=0.5).get(kind, 0.0))
         if kind == "noise":
             image = torch.rand(image.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
         elif kind == "checks":  # the fastest change there is
@@ -557,32 +557,32 @@ def strange_images(rng):
 
 @pytest.mark.parametrize("task", cf.TASKS)
 @pytest.mark.parametrize("precise", [True, False])
-def test_any_image_has_a_sound_answer(task, precise):
+def test_any_image_has_a_valid_prediction(task, precise):
     model = random_model() if task == "cls" else random_dense(task)
     model.train()  # predict turns to evaluation by itself
     images = [image for seed in range(2) for image in strange_images(np.random.default_rng(seed))]
     with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
-        answers = [answer for i in range(0, len(images), 3) for answer in model.predict(images[i : i + 3])]
-    for image, answer in zip(images, answers):
+        predictions = [prediction for i in range(0, len(images), 3) for prediction in model.predict(images[i : i + 3])]
+    for image, prediction in zip(images, predictions):
         height, width = image.shape[1:]
-        if "scores" in answer:
-            scores = answer["scores"]
+        if "scores" in prediction:
+            scores = prediction["scores"]
             assert scores.isfinite().all() and (scores >= 0).all() and (scores <= 1).all()
-            assert (scores.diff() <= 0).all() and len(scores) == len(answer["labels"]) <= 100
-            assert (answer["labels"] >= 0).all() and (answer["labels"] < model.num_classes).all()
-        if "boxes" in answer:
-            low, high = answer["boxes"].split(2, 1)
+            assert (scores.diff() <= 0).all() and len(scores) == len(prediction["labels"]) <= 100
+            assert (prediction["labels"] >= 0).all() and (prediction["labels"] < model.num_classes).all()
+        if "boxes" in prediction:
+            low, high = prediction["boxes"].split(2, 1)
             assert (low >= 0).all() and (low <= high).all() and (high <= torch.tensor([width, height])).all()
-        if "masks" in answer:
-            assert answer["masks"].shape == (len(answer["scores"]), height, width) and answer["masks"].dtype == torch.bool
+        if "masks" in prediction:
+            assert prediction["masks"].shape == (len(prediction["scores"]), height, width) and prediction["masks"].dtype == torch.bool
         if task == "sem":
-            assert answer["semantic"].shape == (height, width)
-            assert 0 <= answer["semantic"].min() and answer["semantic"].max() < model.num_classes
+            assert prediction["semantic"].shape == (height, width)
+            assert 0 <= prediction["semantic"].min() and prediction["semantic"].max() < model.num_classes
         if task == "pan":
-            ids = {segment["id"] for segment in answer["segments"]}
-            assert answer["panoptic"].shape == (height, width) and len(ids) == len(answer["segments"])
-            assert set(answer["panoptic"].unique().tolist()) - {0} == ids
-            for segment in answer["segments"]:
+            ids = {segment["id"] for segment in prediction["segments"]}
+            assert prediction["panoptic"].shape == (height, width) and len(ids) == len(prediction["segments"])
+            assert set(prediction["panoptic"].unique().tolist()) - {0} == ids
+            for segment in prediction["segments"]:
                 assert segment["isthing"] == model.head.things[segment["label"]] and 0 <= segment["score"] <= 1
 
 
@@ -651,14 +651,14 @@ def test_the_prior_of_a_mask_is_the_log_of_its_mean_over_a_token(step):
             torch.testing.assert_close(prior[:, i, j].double(), -(1 + (-mean).exp()).log().clamp(max=10), atol=1e-4, rtol=1e-4)
 
 
-def test_later_layers_gather_where_the_last_mask_is():
+def test_later_layers_collect_where_the_last_mask_is():
     """The first layer knows boxes only; a later one also the mask that its center had after the layer before."""
     model, seen = random_dense("inst"), []
     for layer in model.head.decoder.layers:
         layer.cluster.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
     output = model(torch.rand(1, 3, 96, 96))
-    boxes = [answer["boxes"] for answer in output["aux"]]
-    masks = [answer["masks"] for answer in output["aux"]]
+    boxes = [prediction["boxes"] for prediction in output["aux"]]
+    masks = [prediction["masks"] for prediction in output["aux"]]
     layout, finest = cf.make_layout(12, 12), cf.make_layout(24, 24)
     for i, prior in enumerate(seen):
         expected = cf.box_prior(boxes[i], layout)
@@ -676,7 +676,7 @@ def test_a_scale_beyond_its_limit_still_learns():
     assert module.log_scale.grad.abs().min() > 0
 
 
-def test_probabilities_are_shared_with_none_whose_logit_is_0():
+def test_no_object_is_a_class_with_logit_0():
     logits = torch.tensor([[0.0, math.log(2), -torch.inf], [-100.0, -100.0, -100.0]])
     torch.testing.assert_close(cf.class_probability(logits), torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))
 
@@ -704,21 +704,21 @@ def test_a_mask_falls_off_with_the_distance_from_its_box_in_half_sides():
     torch.testing.assert_close(masks[0.25] - masks[1.0], 1.5 * far.clamp(max=8), atol=1e-4, rtol=1e-4)
 
 
-def test_outlines_of_small_boxes_are_bilinear_samples_of_the_mask():
+def test_mask_samples_in_small_boxes_are_bilinear():
     torch.manual_seed(0)
     masks = torch.randn(1, 2, 12, 16)
     boxes = torch.tensor([[[0.5, 0.4, 0.3, 0.5], [0.2, 0.7, 0.2, 0.3]]])  # samples are less than a token apart
     ours = cf.mask_samples(masks, boxes, cf.make_layout(12, 16)).view(2, 12, 12)
     steps = np.linspace(-0.6, 0.6, 12)
-    for mask, (x, y, width, height), answer in zip(masks[0].sigmoid().numpy() - 0.5, boxes[0].tolist(), ours):
+    for mask, (x, y, width, height), prediction in zip(masks[0].sigmoid().numpy() - 0.5, boxes[0].tolist(), ours):
         for i, row in enumerate((y + height * steps) * 12 - 0.5):
             for j, column in enumerate((x + width * steps) * 16 - 0.5):
                 a, b, r, c = row % 1, column % 1, int(row // 1), int(column // 1)
                 above, below = mask[r, c] * (1 - b) + mask[r, c + 1] * b, mask[r + 1, c] * (1 - b) + mask[r + 1, c + 1] * b
-                assert answer[i, j].item() == pytest.approx(above * (1 - a) + below * a, abs=1e-5)
+                assert prediction[i, j].item() == pytest.approx(above * (1 - a) + below * a, abs=1e-5)
 
 
-def test_outlines_do_not_depend_on_the_size_of_an_object():
+def test_mask_samples_do_not_depend_on_the_size_of_an_object():
     def of_disc(size):  # half as wide as the image
         y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
         disc = torch.where((x / size - 0.5) ** 2 + (y / size - 0.5) ** 2 < 1 / 16, 20.0, -20.0)
@@ -730,7 +730,7 @@ def test_outlines_do_not_depend_on_the_size_of_an_object():
         assert outline[5, 5].item() == pytest.approx(0.5, abs=1e-5) and outline[0, 0].item() == pytest.approx(-0.5, abs=1e-5)
 
 
-def test_outlines_are_undecided_beyond_the_image():
+def test_mask_samples_are_zero_beyond_the_image():
     full = torch.full((2, 1, 8, 8), 20.0)
     boxes = torch.tensor([0.75, 0.5, 0.5, 0.5]).expand(2, 1, 4)  # its right side is the image's
     layout = cf.make_layout(8, 8, torch.tensor([[8, 8], [8, 4]]))  # the second image ends after four columns
@@ -738,14 +738,14 @@ def test_outlines_are_undecided_beyond_the_image():
         assert (outline[:, :8] - 0.5).abs().max() < 1e-5 and outline[:, -1].max() < 0.3
 
 
-def test_generalized_overlap_is_that_of_torchvision():
+def test_iou_and_giou_are_those_of_torchvision():
     a, b = (box_convert(torch.rand(n, 4, dtype=torch.float64), "cxcywh", "xyxy") for n in (7, 5))
     iou, giou = cf.iou_and_giou(a[:, None], b)
     torch.testing.assert_close(iou, box_iou(a, b))
     torch.testing.assert_close(giou, generalized_box_iou(a, b))
 
 
-def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
+def test_pairwise_iou_is_that_of_torchvision_but_for_a_box_with_itself():
     torch.manual_seed(0)
     boxes = torch.rand(2, 6, 4)
     for ours, of_image in zip(cf.pairwise_iou(boxes), boxes):
@@ -753,12 +753,12 @@ def test_overlaps_are_those_of_torchvision_but_for_a_box_with_itself():
         torch.testing.assert_close(ours, box_iou(corners, corners) * (1 - torch.eye(6)))
 
 
-def test_best_objects_are_named_once():
+def test_duplicate_detections_are_suppressed():
     probability = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.6, 0.2]])
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.51, 0.5, 0.4, 0.4], [0.2, 0.2, 0.1, 0.1]])
     scores, labels, centers = cf.top_detections(probability, boxes)
     found = list(zip(scores.tolist(), labels.tolist(), centers.tolist()))
-    # (1, class 0) and (0, class 1) repeat a better answer at the same place; the other class there does not.
+    # (1, class 0) and (0, class 1) repeat a better prediction at the same place; the other class there does not.
     expected = [(0.9, 0, 0), (0.7, 1, 1), (0.6, 0, 2), (0.2, 1, 2)]
     assert found == [(pytest.approx(s), label, center) for s, label, center in expected]
 
@@ -797,21 +797,21 @@ def test_masks_reach_full_size_without_what_is_in_the_padding():
 def perfect_output(targets, task, classes=5, K=12):
     """Answers in which center 2 j of each image is target j, and the others are nothing; one earlier layer alike."""
     B, size = len(targets), 64
-    answer = dict(logits=torch.full((B, K, classes), -12.0), boxes=torch.rand(B, K, 4) * 0.1 + 0.45)
-    answer["masks"] = torch.full((B, K, size // 4, size // 4), -12.0)
+    prediction = dict(logits=torch.full((B, K, classes), -12.0), boxes=torch.rand(B, K, 4) * 0.1 + 0.45)
+    prediction["masks"] = torch.full((B, K, size // 4, size // 4), -12.0)
     for i, target in enumerate(targets):
         for j, label in enumerate(target["labels"]):
-            answer["logits"][i, 2 * j, label] = 12.0
-            answer["boxes"][i, 2 * j] = target["boxes"][j] if "boxes" in target else 0.5
+            prediction["logits"][i, 2 * j, label] = 12.0
+            prediction["boxes"][i, 2 * j] = target["boxes"][j] if "boxes" in target else 0.5
             if "masks" in target:
                 covered = F.avg_pool2d(target["masks"][j].float()[None], 4)[0]
-                answer["masks"][i, 2 * j] = 24 * covered - 12
-    answer = {key: value.requires_grad_() for key, value in answer.items() if key == "logits" or key in KEYS[task]}
-    return answer | {"aux": [answer] * 3}
+                prediction["masks"][i, 2 * j] = 24 * covered - 12
+    prediction = {key: value.requires_grad_() for key, value in prediction.items() if key == "logits" or key in KEYS[task]}
+    return prediction | {"aux": [prediction] * 3}
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_every_target_is_given_the_center_that_answers_with_it(task):
+def test_every_target_is_matched_with_the_center_that_predicts_it(task):
     targets = some_targets(task, (3, 0, 2))
     output = perfect_output(targets, task)
     outputs = {key: torch.stack([output[key]] * 4, 1) for key in output if key != "aux"}
@@ -840,7 +840,7 @@ def test_of_more_objects_than_centers_the_largest_are_trained():
     assert all(torch.isfinite(loss) for loss in cf.set_losses(output, targets, 4).values())
 
 
-def test_no_target_is_given_a_center_that_its_image_has_not_got():
+def test_no_target_is_matched_with_a_center_that_its_image_does_not_have():
     images = [torch.rand(3, 38, 102), torch.rand(3, 256, 256)]  # 5 x 10 centers beside 10 x 10
     model, targets = random_dense("det").train(), some_targets("det", (12, 1))
     output = model(images)
@@ -850,12 +850,12 @@ def test_no_target_is_given_a_center_that_its_image_has_not_got():
         (_, center, _, _), _ = cf.match({key: layer[key][:, None] for key in ("logits", "boxes")}, targets, 4)
         assert len(center) == 12 and not absent[center].any()
     alone = model(images[:1])  # label losses of the first image do not depend on the second
-    both = [cf.set_losses(answers, targets[:1], 4)["label"] for answers in
+    both = [cf.set_losses(predictions, targets[:1], 4)["label"] for predictions in
             (alone, {k: v[:1] if k != "aux" else [{j: w[:1] for j, w in a.items()} for a in v] for k, v in output.items()})]
     torch.testing.assert_close(both[1], both[0], rtol=0.02, atol=0)
 
 
-def test_a_target_never_has_so_many_centers_that_most_have_one():
+def test_no_target_is_matched_so_often_that_most_centers_have_a_target():
     assert cf.matches_per_target(7, 100, 1) == [6, 4, 2, 1, 1, 1, 1] and cf.matches_per_target(4, 100, 10) == [5, 4, 2, 1]
     assert cf.matches_per_target(4, 100, 16) == [3, 3, 2, 1] and cf.matches_per_target(4, 100, 60) == [1, 1, 1, 1] == cf.matches_per_target(4, 16, 0)[3:] * 4
 
@@ -873,7 +873,7 @@ def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
     things = torch.tensor([True, True, True, False, False])
     moved = output | {"boxes": output["boxes"].detach().clone()}
     moved["boxes"][0, [2, 4]] = torch.tensor([0.9, 0.9, 0.1, 0.1])  # centers of the second and the third target
-    losses, free = (cf.set_losses(answers, targets, 4, things) for answers in (output, moved))
+    losses, free = (cf.set_losses(predictions, targets, 4, things) for predictions in (output, moved))
     assert cf.set_losses(moved, targets, 4)["l1"] > 1
     assert free["l1"] == losses["l1"] < 0.01 and free["giou"] == losses["giou"] < 0.01
     outputs = {key: moved[key][:, None] for key in ("logits", "boxes", "masks")}
@@ -895,12 +895,12 @@ def test_losses_are_small_for_the_truth_and_do_not_depend_on_the_order_of_target
             torch.testing.assert_close(cf.set_losses(output, turned, 4)[name], value)
 
 
-def test_the_losses_are_the_sums_that_their_names_say():
+def test_losses_are_what_their_names_say():
     """One image, one layer, two targets, three centers, in NumPy."""
     logits, boxes = torch.tensor([[[2.0, -1.0], [-1.0, 0.5], [0.3, -2.0]]]), torch.rand(1, 3, 4) * 0.2 + 0.3
     targets = [dict(labels=torch.tensor([1, 0]), boxes=torch.rand(2, 4) * 0.2 + 0.3)]
     losses = cf.set_losses(dict(logits=logits, boxes=boxes, aux=[]), targets, 4)
-    shares = np.exp(np.pad(logits[0].numpy(), ((0, 0), (0, 1))))  # the last for "none"
+    shares = np.exp(np.pad(logits[0].numpy(), ((0, 0), (0, 1))))  # the last for "no object"
     shares /= shares.sum(1, keepdims=True)
     found = []
     for pair in itertools.permutations(range(3), 2):
@@ -962,7 +962,7 @@ def test_points_are_drawn_where_a_mask_is_uncertain():
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
+def test_each_head_overfits_one_batch(monkeypatch, task):
     # Half as wide and as deep as nano: this takes seconds, and boxes still reach an IoU of 0.9 and maps 0.95.
     small = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 128), dim=64, levels=(1, 1))
     monkeypatch.setitem(cf.VARIANTS, "nano", small)
@@ -979,16 +979,16 @@ def test_each_head_learns_one_batch_by_heart(monkeypatch, task):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
-    for answer, target in zip(model.predict(images), targets):
+    for prediction, target in zip(model.predict(images), targets):
         if task in ("det", "inst"):
             n = len(target["labels"])
             corners = box_convert(target["boxes"], "cxcywh", "xyxy") * 64
-            overlap, found = box_iou(corners, answer["boxes"][:n]).max(1)
-            assert (overlap > 0.5).all() and torch.equal(answer["labels"][found], target["labels"])
+            overlap, found = box_iou(corners, prediction["boxes"][:n]).max(1)
+            assert (overlap > 0.5).all() and torch.equal(prediction["labels"][found], target["labels"])
         else:
-            labels = answer["semantic"] if task == "sem" else torch.full((64, 64), -1)
-            for segment in answer.get("segments", []):
-                labels[answer["panoptic"] == segment["id"]] = segment["label"]
+            labels = prediction["semantic"] if task == "sem" else torch.full((64, 64), -1)
+            for segment in prediction.get("segments", []):
+                labels[prediction["panoptic"] == segment["id"]] = segment["label"]
             truth = (target["masks"] * (target["labels"] + 1).view(-1, 1, 1)).sum(0) - 1
             assert (labels == truth)[truth >= 0].float().mean() > 0.75
 
@@ -1118,7 +1118,7 @@ def test_every_tensor_is_made_on_the_device_of_the_images(task, second, targets)
         if task == "cls" and second == (64, 64):
             evaluation.accuracy(model, [(images, found)], torch.device("cpu"))
         for index, prediction in enumerate(predictions if task != "cls" else []):
-            evaluation.judge(truth, task, index, prediction, None)
+            evaluation.score_image(truth, task, index, prediction, None)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
@@ -1139,10 +1139,10 @@ def test_under_autocast_for_cuda_all_dtypes_agree(task, training):
         finally:
             torch.set_autocast_enabled("cuda", dtypes[0])
             torch.set_autocast_dtype("cuda", dtypes[1])
-    for answer in [output, *output.get("aux", [])]:
-        assert all(value.device.type == "cuda" for key, value in answer.items() if key != "aux")
-        assert answer["logits"].dtype == torch.float32 and answer.get("boxes", answer["logits"]).dtype == torch.float32
-        assert "masks" not in answer or answer["masks"].dtype == torch.bfloat16  # so that autocast was really on
+    for prediction in [output, *output.get("aux", [])]:
+        assert all(value.device.type == "cuda" for key, value in prediction.items() if key != "aux")
+        assert prediction["logits"].dtype == torch.float32 and prediction.get("boxes", prediction["logits"]).dtype == torch.float32
+        assert "masks" not in prediction or prediction["masks"].dtype == torch.bfloat16  # so that autocast was really on
 
 
 class Waits(TorchDispatchMode):
@@ -1212,7 +1212,7 @@ def test_the_label_of_shapes_is_the_class_of_the_largest_thing():
     assert np.mean(largest) > 0.99
 
 
-def test_colour_and_brightness_say_nothing_about_the_class():
+def test_color_and_brightness_say_nothing_about_the_class():
     shapes = data.Shapes(3000, 64, seed=0, split="train")
     images, labels = zip(*[shapes[0, i] for i in range(3000)])
     images = data.as_float(list(images))
@@ -1247,7 +1247,7 @@ def test_mixup_and_cutmix_of_a_global_batch_are_the_same_however_it_is_divided()
     def mixed(world_size, accumulate, step):
         chunks = []
         for rank in range(world_size):
-            keys = list(data.GlobalBatches(50, 12, 9, 5, rank, world_size, accumulate, neighbour=True))
+            keys = list(data.GlobalBatches(50, 12, 9, 5, rank, world_size, accumulate, neighbor=True))
             for part in keys[step * accumulate : (step + 1) * accumulate]:
                 index = [i for _, i in part]
                 chunks.append(data.mix(pixels[index], labels[index], 7, 0.8, 1.0, 5, step))
@@ -1314,9 +1314,9 @@ def test_images_of_every_kind_are_read_rightly(tmp_path):
     rgb = np.zeros((40, 60, 3), np.uint8)
     rgb[:20], rgb[20:, :30], rgb[20:, 30:] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
     upright = Image.fromarray(rgb)
-    grey = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27
-    Image.fromarray(grey).save(tmp_path / "16bit.png")
-    upright.convert("L").save(tmp_path / "grey.png")
+    gray = np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27
+    Image.fromarray(gray).save(tmp_path / "16bit.png")
+    upright.convert("L").save(tmp_path / "gray.png")
     upright.quantize(8).save(tmp_path / "palette.png")
     upright.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     upright.convert("RGBA").save(tmp_path / "alpha.png")
@@ -1327,8 +1327,8 @@ def test_images_of_every_kind_are_read_rightly(tmp_path):
         read = data.load_image(tmp_path / name)
         assert read.mode == "RGB" and read.size == (60, 40)
         assert np.abs(np.asarray(read).astype(int) - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, name
-    assert np.abs(np.asarray(data.load_image(tmp_path / "grey.png"))[..., 0] - np.asarray(upright.convert("L"))).max() == 0
-    assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - grey / 257).max() <= 1
+    assert np.abs(np.asarray(data.load_image(tmp_path / "gray.png"))[..., 0] - np.asarray(upright.convert("L"))).max() == 0
+    assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - gray / 257).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1643,17 +1643,17 @@ def test_jitter_draws_its_factors_evenly_and_keeps_boxes_on_their_masks():
     assert min(factors) < 0.15 and max(factors) > 1.95 and abs(np.mean(factors) - 1.05) < 0.1
 
 
-def test_colours_change_for_label_maps_and_the_labels_do_not(tmp_path):
+def test_colors_change_for_label_maps_and_the_labels_do_not(tmp_path):
     write_ade(tmp_path)
     plain = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
-    coloured = data.Ade(tmp_path, "train", data.dense_train_transform("sem", 64), crop=1000, seed=1)
+    colored = data.Ade(tmp_path, "train", data.dense_train_transform("sem", 64), crop=1000, seed=1)
     shares = torch.stack([mask.float().mean() for mask in plain[0, 0][1]["masks"]])
     for epoch in range(5):
-        image, target = coloured[epoch, 0]
+        image, target = colored[epoch, 0]
         assert 32 <= min(image.shape[-2:]) <= 128 and abs(max(image.shape) / min(image.shape[-2:]) - 1.5) < 0.1
         assert target["labels"].tolist() == [0, 1, 2] and (target["masks"].sum(0) <= 1).all()
         torch.testing.assert_close(target["masks"].float().mean((1, 2)), shares, atol=0.05, rtol=0)
-        assert torch.equal(image, coloured[epoch, 0][0]) and not torch.equal(image, coloured[epoch + 1, 0][0])
+        assert torch.equal(image, colored[epoch, 0][0]) and not torch.equal(image, colored[epoch + 1, 0][0])
 
 
 @pytest.mark.parametrize("count", [1, 20, 300])
@@ -1815,9 +1815,9 @@ def test_panoptic_training_on_instances_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "damage, complaint",
     [
-        (lambda maps: [Image.new("L", (60, 40)).save(path) for path in maps.iterdir()], "not one labelled pixel"),
-        (lambda maps: [path.write_bytes(b"") for path in maps.iterdir()], "not one labelled pixel"),
-        (lambda maps: Image.new("RGB", (60, 40), "red").save(maps / "b.png"), "b.png: colours in it"),
+        (lambda maps: [Image.new("L", (60, 40)).save(path) for path in maps.iterdir()], "not one labeled pixel"),
+        (lambda maps: [path.write_bytes(b"") for path in maps.iterdir()], "not one labeled pixel"),
+        (lambda maps: Image.new("RGB", (60, 40), "red").save(maps / "b.png"), "b.png: colors in it"),
         (lambda maps: (maps.parents[1] / "objectInfo150.txt").write_text(""), "objectInfo150.txt: no classes in it"),
     ],
 )
@@ -1843,7 +1843,7 @@ def test_the_truth_given_as_prediction_is_perfect_also_where_ids_start_at_0(tmp_
     truth = data.Coco(tmp_path, "train", "inst", None).coco()
     found = [dict(entry, score=0.5) for entry in truth.anns.values() if not entry["iscrowd"]]
     for kind in ("bbox", "segm"):
-        assert plain_figures(truth, [dict(entry) for entry in found], kind)[0] == pytest.approx(1)
+        assert plain_metrics(truth, [dict(entry) for entry in found], kind)[0] == pytest.approx(1)
 
 
 def test_shapes_tell_the_same_of_a_scene_for_every_task():
@@ -1896,7 +1896,7 @@ def test_the_assignment_is_the_cheapest_of_all():
     assert sorted(cf.hungarian(np.full((3, 5), np.nan))) == [0, 1, 2]  # it ends, and each row has a column of its own
 
 
-def panoptic_figures(predicted, segments, truth, entries, classes=3):
+def panoptic_metrics(predicted, segments, truth, entries, classes=3):
     """PQ, SQ, RQ of small maps given as rows of digits; class c has category_id 10 + c."""
     predicted, truth = (torch.tensor([[int(digit) for digit in row] for row in rows.split()]) for rows in (predicted, truth))
     segments = [dict(id=i, label=label) for i, label in segments.items()]
@@ -1907,34 +1907,34 @@ def panoptic_figures(predicted, segments, truth, entries, classes=3):
 
 def test_panoptic_quality_of_cases_worked_by_hand():
     truth, entries = "1112 1112 3333", {1: (0, 0), 2: (0, 0), 3: (1, 0)}
-    counts, figures = panoptic_figures(truth, {1: 0, 2: 0, 3: 1}, truth, entries)
+    counts, figures = panoptic_metrics(truth, {1: 0, 2: 0, 3: 1}, truth, entries)
     assert figures == [1, 1, 1] and counts[2].sum() == 0  # a class that does not occur does not count
 
     # Segment 1 lost a third to 2: IoU 4/6 and 2/4, the second is no match.  3 has the wrong class.
-    counts, (pq, sq, rq) = panoptic_figures("1122 1122 3333", {1: 0, 2: 0, 3: 2}, truth, entries)
+    counts, (pq, sq, rq) = panoptic_metrics("1122 1122 3333", {1: 0, 2: 0, 3: 2}, truth, entries)
     assert counts.tolist() == [[pytest.approx(4 / 6), 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 0]]
     assert (pq, sq, rq) == (pytest.approx(4 / 6 / 2 / 3), pytest.approx(4 / 6 / 3), pytest.approx(1 / 2 / 3))
 
 
 def test_void_and_crowds_are_not_held_against_the_model():
     # Half of the match lies on void: it counts neither as overlap nor as union.
-    counts, figures = panoptic_figures("1111 0000", {1: 0}, "1100 0000", {1: (0, 0)})
+    counts, figures = panoptic_metrics("1111 0000", {1: 0}, "1100 0000", {1: (0, 0)})
     assert figures == [1, 1, 1]
     # A prediction that is mostly void, or mostly a crowd of its class, is no false positive; a crowd is never missed.
-    counts, _ = panoptic_figures("1111 2222", {1: 0, 2: 1}, "0003 4444", {3: (2, 0), 4: (1, 1)})
+    counts, _ = panoptic_metrics("1111 2222", {1: 0, 2: 1}, "0003 4444", {3: (2, 0), 4: (1, 1)})
     assert counts.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     # On a crowd of another class it is one.
-    counts, _ = panoptic_figures("2222", {2: 0}, "4444", {4: (1, 1)})
+    counts, _ = panoptic_metrics("2222", {2: 0}, "4444", {4: (1, 1)})
     assert counts.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def test_semantic_figures_are_those_counted_pixel_by_pixel():
+def test_semantic_metrics_are_those_counted_pixel_by_pixel():
     rng = np.random.default_rng(0)
     predicted, truth = rng.integers(0, 4, (2, 30, 40))
     truth[rng.random((30, 40)) < 0.2] = -1
     predicted[predicted == 3], truth[truth == 3] = 0, 1  # class 3 does not occur
     confusion = evaluation.confusion_counts(torch.from_numpy(predicted), torch.from_numpy(truth), 4)
-    figures, per_class = evaluation.semantic_figures(confusion)
+    figures, per_class = evaluation.semantic_metrics(confusion)
     real = truth >= 0
     iou = [(real & (truth == c) & (predicted == c)).sum() / (real & ((truth == c) | (predicted == c))).sum() for c in range(3)]
     np.testing.assert_allclose(per_class[:3], iou)
@@ -2140,8 +2140,8 @@ def test_the_common_coco_export_is_read(tmp_path, capsys, task):
     write_export(tmp_path)
     train_set, val_set = read_both(tmp_path, task)
     printed = capsys.readouterr().out
-    assert "training data: categories without annotations are left out: things" in printed
-    assert "validation data: categories without annotations are left out: never" in printed
+    assert "training data: ignored categories without annotations: things" in printed
+    assert "validation data: ignored categories without annotations: never" in printed
     assert train_set.classes == val_set.classes == ["boat", "kite"]
     assert train_set.categories == [7, 90] and val_set.categories == [2, 1]
     assert train_set[0, 1][1]["labels"].tolist() == [1, 0, 0]
@@ -2226,7 +2226,7 @@ def test_255_is_a_class_where_all_below_it_occur(tmp_path):
     pytest.param((255,), None, "the values 255 in it cannot be", id="255-alone"),
     pytest.param((0, 128, 255), None, "the values 0, 128, 255 in it cannot be", id="shades"),
     pytest.param((0, 85, 170, 255), None, "the values 0, 85, 170, 255 in it cannot be", id="more-shades"),
-    pytest.param((0, 255), 3, "not one labelled pixel in it, only the values 0, 255; number classes from 1", id="0-and-255-and-names"),
+    pytest.param((0, 255), 3, "no labeled pixel, only the values 0, 255; number classes from 1", id="0-and-255-and-names"),
     pytest.param((0, 1, 9, 255), 3, "a.png: label 9 in it, the data set has labels 0 to 3; 1 more files", id="beyond-the-names"),
 ])
 def test_values_that_cannot_be_classes_are_refused(tmp_path, values, names, complaint):
@@ -2239,17 +2239,17 @@ def test_label_maps_in_colors_are_refused(tmp_path, names):
     write_maps(tmp_path, 0, 1, 2, names=names)
     for path in (tmp_path / "annotations").rglob("*.png"):
         Image.new("RGB", (60, 40), (0, 128, 64)).save(path)
-    assert "a.png: colours in it; the data set has labels from 1" in refusal(lambda: read_maps(tmp_path))
+    assert "a.png: colors in it; the data set has labels from 1" in refusal(lambda: read_maps(tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
 def test_label_maps_are_grey_in_any_mode(tmp_path, mode):
     pixels = write_maps(tmp_path, 0, 1, 2)
     for path in (tmp_path / "annotations").rglob("*.png"):
-        grey = Image.open(path)
+        gray = Image.open(path)
         if mode == "P":
-            grey.putpalette([7, 7, 7, 200, 0, 0, 0, 200, 0])  # a map holds the numbers, the colors are for people
-        picture = grey if mode == "P" else grey.convert(mode)
+            gray.putpalette([7, 7, 7, 200, 0, 0, 0, 200, 0])  # a map holds the numbers, the colors are for people
+        picture = gray if mode == "P" else gray.convert(mode)
         if mode.endswith("A"):
             picture.putalpha(Image.new("L", (60, 40), 90))
         picture.save(path)
@@ -2333,14 +2333,14 @@ def test_the_check_says_what_was_understood(tmp_path, capsys):
     read_both(tmp_path / "coco")
     training, validation = capsys.readouterr().out.splitlines()
     assert training == ("training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, "
-                        "1 objects without area or mask are left out")
+                        "ignored 1 objects without area or mask")
     assert validation == training.replace("training", "validation")
     more = lambda c: c["annotations"][0]["segments_info"].append(dict(id=77, category_id=1))
     edit_json(more, "panoptic")(tmp_path / "pan")  # a segment without pixels
     read_both(tmp_path / "pan", "pan")
     void = f"{1 - (20 * 60 + 8 * 20) / 2400:.1%} of the pixels void"  # sky and crowd, and the boats
     training, validation = capsys.readouterr().out.splitlines()
-    assert training == ("training data: 1 images, 2 classes, 4 segments, 1 crowds ignored, 1 segments without pixels are left out, "
+    assert training == ("training data: 1 images, 2 classes, 4 segments, 1 crowds ignored, ignored 1 segments without pixels, "
                         f"{void}")
     assert validation == f"validation data: 1 images, 2 classes, 3 segments, 1 crowds ignored, {void}"
 
@@ -2624,27 +2624,27 @@ def half_right(dataset, task, index):
 
 
 class Oracle(torch.nn.Module):
-    """Predicts answer(dataset, task, index) for an image that it recognises by its pixels."""
+    """Predicts prediction(dataset, task, index) for an image that it recognises by its pixels."""
 
-    def __init__(self, dataset, task, answer=truth_as_prediction):
+    def __init__(self, dataset, task, prediction=truth_as_prediction):
         super().__init__()
         self.task = task
-        self.answers = {data.as_float(dataset[0, i][0]).numpy().tobytes(): answer(dataset, task, i) for i in range(len(dataset))}
+        self.predictions = {data.as_float(dataset[0, i][0]).numpy().tobytes(): prediction(dataset, task, i) for i in range(len(dataset))}
 
     def predict(self, images, sizes=None):
-        answers = [self.answers[image.numpy().tobytes()] for image in images]
-        for answer, size in zip(answers, sizes):
-            for name in answer.keys() & {"semantic", "panoptic", "masks"}:
-                assert answer[name].shape[-2:] == size
-        return answers
+        predictions = [self.predictions[image.numpy().tobytes()] for image in images]
+        for prediction, size in zip(predictions, sizes):
+            for name in prediction.keys() & {"semantic", "panoptic", "masks"}:
+                assert prediction[name].shape[-2:] == size
+        return predictions
 
 
-def dense_metrics(task, answer=truth_as_prediction, length=6, **arguments):
+def dense_metrics(task, prediction=truth_as_prediction, length=6, **arguments):
     dataset = data.Shapes(length, 96, 0, "val", task)
-    return evaluation.evaluate(Oracle(dataset, task, answer), dataset, CPU, **{"batch_size": 4} | arguments)
+    return evaluation.evaluate(Oracle(dataset, task, prediction), dataset, CPU, **{"batch_size": 4} | arguments)
 
 
-def plain_figures(truth, results, kind="bbox"):
+def plain_metrics(truth, results, kind="bbox"):
     """COCO's twelve, from pycocotools as anyone would call it."""
     judge = COCOeval(truth, truth.loadRes(results), kind)
     judge.evaluate(), judge.accumulate(), judge.summarize()
@@ -2690,7 +2690,7 @@ def test_crowds_are_treated_as_coco_treats_them(tmp_path):
     dataset = data.Coco(tmp_path, "val", "inst", v2.Resize(20))
 
     def ap(left):
-        def answer(dataset, task, index):
+        def prediction(dataset, task, index):
             prediction = truth_as_prediction(dataset, task, index, 0.5)
             if len(prediction["labels"]):
                 prediction["labels"] = torch.cat([torch.tensor([0]), prediction["labels"]])
@@ -2701,7 +2701,7 @@ def test_crowds_are_treated_as_coco_treats_them(tmp_path):
                 prediction["masks"] = torch.cat([mask[None], prediction["masks"]])
             return prediction
 
-        metrics = evaluation.evaluate(Oracle(dataset, "inst", answer), dataset, CPU)
+        metrics = evaluation.evaluate(Oracle(dataset, "inst", prediction), dataset, CPU)
         return metrics["box_AP"], metrics["mask_AP"]
 
     assert ap(10) == (pytest.approx(1), pytest.approx(1)) and ap(50) == (pytest.approx(0.5), pytest.approx(0.5))
@@ -2720,9 +2720,9 @@ def test_boxes_that_are_off_have_the_average_precision_of_pycocotools():
     for entry in truth.dataset["annotations"]:
         (x, y, w, h), i = entry["bbox"], entry["image_id"]
         results.append(dict(image_id=i, category_id=entry["category_id"], bbox=[x + i, y, w, h], score=0.5 + 0.01 * i))
-    expected = [value if value >= 0 else math.nan for value in plain_figures(truth, results)]
+    expected = [value if value >= 0 else math.nan for value in plain_metrics(truth, results)]
     assert 0.2 < expected[0] < 0.9
-    np.testing.assert_allclose([metrics[name] for name in evaluation.COCO_FIGURES], expected)
+    np.testing.assert_allclose([metrics[name] for name in evaluation.COCO_METRICS], expected)
 
 
 @pytest.mark.parametrize("task", ["det", "inst", "pan"])
@@ -2739,7 +2739,7 @@ def test_no_predictions_score_zero(task):
 def test_where_there_is_nothing_to_find_there_is_no_figure(monkeypatch):
     dataset = data.Shapes(2, 96, 0, "val", "det")
     model, image = Oracle(dataset, "det"), dataset.scene(0, 0)[0]
-    model.answers = {data.as_float(dataset[0, 0][0]).numpy().tobytes(): next(iter(model.answers.values()))}
+    model.predictions = {data.as_float(dataset[0, 0][0]).numpy().tobytes(): next(iter(model.predictions.values()))}
     monkeypatch.setattr(dataset, "scene", lambda epoch, index: (image, [], None))
     metrics = evaluation.evaluate(model, dataset, CPU)
     assert metrics.pop("images") == 2 and all(math.isnan(value) for value in metrics.values())
@@ -2755,8 +2755,8 @@ def test_saved_predictions_have_the_same_figures(tmp_path, task):
         results = json.loads((tmp_path / "found.json").read_text())
         for result in results if kind == "segm" else []:
             del result["bbox"]  # or pycocotools takes a mask to be as large as its box
-        expected = [value if value >= 0 else math.nan for value in plain_figures(truth, results, kind)]
-        np.testing.assert_array_equal([metrics[prefix + name] for name in evaluation.COCO_FIGURES], expected)
+        expected = [value if value >= 0 else math.nan for value in plain_metrics(truth, results, kind)]
+        np.testing.assert_array_equal([metrics[prefix + name] for name in evaluation.COCO_METRICS], expected)
 
 
 def test_saved_predictions_have_the_numbers_of_the_files(tmp_path):
@@ -2886,11 +2886,11 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, capsys, task):
     a, b, _ = json.loads(found.read_text())
     assert a["image"].endswith("a.png") and (a["height"], a["width"], b["height"], b["width"]) == (50, 90, 100, 300)
     (_, image, size), _ = evaluation.images_of([tmp_path / "photos", tmp_path / "b c.jpg"], task, 64)
-    (answer,) = model.predict([image], [size])
+    (prediction,) = model.predict([image], [size])
     if task in ("cls", "det", "inst"):
-        assert [x["score"] for x in a["found"]] == pytest.approx(answer["scores"].tolist(), abs=1e-5)
+        assert [x["score"] for x in a["found"]] == pytest.approx(prediction["scores"].tolist(), abs=1e-5)
         written = sorted((x["name"], x["score"]) for x in a["found"])  # by name: rounding ranks scores that are nearly equal
-        expected = sorted((list(data.THINGS)[c], s.item()) for c, s in zip(answer["labels"], answer["scores"]))
+        expected = sorted((list(data.THINGS)[c], s.item()) for c, s in zip(prediction["labels"], prediction["scores"]))
         assert [name for name, _ in written] == [name for name, _ in expected]
         assert [score for _, score in written] == pytest.approx([score for _, score in expected], abs=1e-5)
     if task in ("inst", "sem", "pan"):
@@ -3036,7 +3036,7 @@ def test_training_two_processes_under_torchrun(tmp_path, folder):
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 6
-    assert done.stdout.count("images that it never saw") == 1
+    assert done.stdout.count("held-out images") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3116,7 +3116,7 @@ def short_run(task, folder):
             "--workers", 1]
 
 
-def test_broken_off_in_a_step_and_in_a_write_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, capsys, monkeypatch):
+def test_interrupted_in_a_step_and_in_a_write_a_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, capsys, monkeypatch):
     """In this process; below processes are killed."""
     arguments = short_run("cls", tmp_path / "files")
     call(train, capsys, *arguments, "--out", tmp_path / "whole")
@@ -3133,12 +3133,12 @@ def test_broken_off_in_a_step_and_in_a_write_a_run_ends_with_the_weights_of_one_
             patched.setattr(module, name, broken)
             call(train, capsys, *arguments, "--out", out, "--resume", "--checkpoint-every", 0)
         assert before < step_of(out) < 18
-    assert "goes on after step" in call(train, capsys, "--out", out, "--resume")
+    assert "resuming after step" in call(train, capsys, "--out", out, "--resume")
     assert_same_end(tmp_path / "whole", out)
 
 
 @pytest.mark.parametrize("task, processes", [("cls", 1), ("det", 2)])
-def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(tmp_path, task, processes):
+def test_killed_at_any_moment_a_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, task, processes):
     """Twice; KILLS=20 in the environment: that many times."""
     slow()
     arguments = short_run(task, tmp_path / "files")
@@ -3154,7 +3154,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_weights_of_one_that_never_was(
         assert step_of(out) >= before
     run = start(processes, "--out", out, "--resume", "--task", task)
     printed, errors = run.communicate()
-    assert run.returncode == 0 and "goes on after step" in printed, errors
+    assert run.returncode == 0 and "resuming after step" in printed, errors
     assert_same_end(tmp_path / "whole", out)
 
 
@@ -3174,7 +3174,7 @@ def test_asked_to_stop_all_processes_finish_the_step_and_one_goes_on(tmp_path):
     wait_for(lambda: step_of(out) > step)
     run.send_signal(signal.SIGINT)  # Ctrl-C
     printed, errors = run.communicate()
-    assert run.returncode == 130 and "Traceback" not in errors and f"goes on after step {step}" in printed
+    assert run.returncode == 130 and "Traceback" not in errors and f"resuming after step {step}" in printed
 
 
 def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short_epochs):
@@ -3182,7 +3182,7 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short
     call(train, capsys, *QUICK, "--epochs", 1, "--out", out)
     torch.save(torch.load(out / "last.pt") | {"processes": 4}, out / "last.pt")
     printed = call(train, capsys, "--resume", "--epochs", 2, "--out", out)
-    assert "goes on after step 4\n4 processes before, 1 now: every step sees the same images" in printed
+    assert "resuming after step 4\n4 processes before, 1 now: every step uses the same images" in printed
 
 
 def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, capsys):
@@ -3198,7 +3198,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(stop.value)
     assert message.startswith(f"train.py: error: {out}/last.pt: cannot be written (") and "\n" not in message
-    assert "the last whole one is still there" in message
+    assert "the previous file is still intact" in message
     assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
     evaluation.load_checkpoint(out / "last.pt")
 
@@ -3254,7 +3254,7 @@ def test_without_a_finite_loss_the_run_stops_and_its_checkpoint_is_from_before(t
     monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(40, 32, 0, "val"))
     spoil(monkeypatch, range(3, 100))
     out = tmp_path / "run"
-    with pytest.raises(SystemExit, match=r"not finite in 20 steps in a row, 4 to 23: lower --lr .* is from before"):
+    with pytest.raises(SystemExit, match=r"not finite in 20 steps in a row, 4 to 23: lower --lr .* is from before them"):
         call(train, capsys, *QUICK, "--epochs", 1, "--checkpoint-every", 0, "--out", out)
     assert step_of(out) == 3
     evaluation.load_checkpoint(out / "last.pt")
@@ -3307,7 +3307,7 @@ def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch,
     out = tmp_path / "run"
     quick = ["--task", task, "--image-size", 48, "--batch-size", 8, "--epochs", 2, "--workers", 0, "--out", out]
     printed = call(train, capsys, *quick)
-    assert "5 images that it never saw" in printed
+    assert "on 5 held-out images" in printed
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6] and all(math.isfinite(line["loss"]) for line in lines)
     names = {"label"} | ({"l1", "giou"} if "boxes" in KEYS[task] else set())
@@ -3320,13 +3320,13 @@ def test_a_dense_task_from_training_to_prediction(tmp_path, capsys, monkeypatch,
     for name in saved:
         assert saved[name] == pytest.approx(figures[name], abs=1e-3, nan_ok=True)
     assert printed.split(" of ")[0] in call(train, capsys, "--resume", "--out", out)  # nothing is left to do
-    with pytest.raises(SystemExit, match=f"is of a run of --task {task}"):
+    with pytest.raises(SystemExit, match=f"belongs to a run of --task {task}"):
         call(train, capsys, "--resume", "--out", out, "--task", "cls")
     model, checkpoint = evaluation.load_checkpoint(out / "last.pt")
     assert checkpoint["classes"] == data.Shapes(1, 48, 0, "val", task).classes
-    (answer,) = model.predict([torch.rand(3, 40, 56)])
+    (prediction,) = model.predict([torch.rand(3, 40, 56)])
     for name in ("masks", "semantic", "panoptic"):
-        assert name not in answer or answer[name].shape[-2:] == (40, 56)
+        assert name not in prediction or prediction[name].shape[-2:] == (40, 56)
 
 
 def coco_folder(root):
@@ -3343,7 +3343,7 @@ def test_own_objects_start_from_a_checkpoint_with_a_slow_backbone(tmp_path, caps
     arguments = ["--task", "inst", "--data", tmp_path, "--variant", "nano", "--image-size", 64, "--test-size", 48]
     arguments += ["--batch-size", 2, "--epochs", 2, "--init", checkpoint, "--workers", 0, "--out", out]
     printed = call(train, capsys, *arguments)
-    assert "training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, 1 objects without area or mask" in printed and "new: head.decoder." in printed
+    assert "training data: 2 images, 2 classes, 3 objects, 1 crowds ignored, ignored 1 objects without area or mask" in printed and "new: head.decoder." in printed
     assert seen["rate"] == 0.1 and len((out / "log.jsonl").read_text().splitlines()) == 2
     printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", "--per-class")
     assert "mask AP" in printed and "kite" in printed
@@ -3387,11 +3387,11 @@ def write_scenes(root, task, sizes):
         content = dict(images=[], annotations=[], categories=table)
         for i, (height, width) in enumerate(sizes):
             pixels, shown, label = scenes.scene(0, i)
-            labelled, segments = np.zeros((height, width, 3), np.uint8), []
+            labeled, segments = np.zeros((height, width, 3), np.uint8), []
             shown = [(category, mask[:height, :width]) for category, mask in shown if mask[:height, :width].any()]
             for number, (category, mask) in enumerate(shown, 1):
                 rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-                labelled[mask, 0] = category + 1 if task == "sem" else number
+                labeled[mask, 0] = category + 1 if task == "sem" else number
                 entry = dict(id=number, image_id=i, category_id=category + 1, area=int(mask.sum()), iscrowd=0)
                 entry |= dict(bbox=mask_utils.toBbox(rle).tolist(), segmentation=rle | dict(counts=rle["counts"].decode()))
                 segments.append(entry)
@@ -3402,7 +3402,7 @@ def write_scenes(root, task, sizes):
             for folder in (place, maps):
                 folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[:, :height, :width].transpose(1, 2, 0).copy()).save(place / f"{i}.jpg")
-            Image.fromarray(labelled[..., 0] if task == "sem" else labelled).save(maps / f"{i}.png")
+            Image.fromarray(labeled[..., 0] if task == "sem" else labeled).save(maps / f"{i}.png")
         (root / "annotations" / f"{kind}_{split}2017.json").write_text(json.dumps(content))
 
 
@@ -3426,22 +3426,22 @@ def train_and_evaluate(tmp_path, capsys, task, processes):
         run = start(processes, *arguments)
         _, errors = run.communicate()
         assert run.returncode == 0, errors
-    assert "goes on after step 2" in call(train, capsys, "--task", task, "--resume", "--epochs", 2, "--out", out)
+    assert "resuming after step 2" in call(train, capsys, "--task", task, "--resume", "--epochs", 2, "--out", out)
     assert [line["step"] for line in finite_log(out, task)] == [2, 4]
     assert "of 4 images" in call(evaluation, capsys, "--checkpoint", out / "last.pt", "--workers", 0)  # in one batch
 
 
-def class_map(answer):
-    """The classes of the pixels in an answer of sem or pan; of inst, whether they are of an object."""
-    if "panoptic" in answer:
-        label = torch.tensor([-1, *(segment["label"] for segment in answer["segments"])])
-        place = torch.tensor([0, *(segment["id"] for segment in answer["segments"])])
-        return label[torch.searchsorted(place, answer["panoptic"].cpu())]
-    return answer["semantic"].cpu() if "semantic" in answer else answer["masks"].any(0).cpu()
+def class_map(prediction):
+    """The classes of the pixels in an prediction of sem or pan; of inst, whether they are of an object."""
+    if "panoptic" in prediction:
+        label = torch.tensor([-1, *(segment["label"] for segment in prediction["segments"])])
+        place = torch.tensor([0, *(segment["id"] for segment in prediction["segments"])])
+        return label[torch.searchsorted(place, prediction["panoptic"].cpu())]
+    return prediction["semantic"].cpu() if "semantic" in prediction else prediction["masks"].any(0).cpu()
 
 
-def compare_answers(task, there):
-    """float32 answers for images of unequal sizes, on the CPU and on a device, whose products may be TF32's."""
+def compare_predictions(task, there):
+    """float32 predictions for images of unequal sizes, on the CPU and on a device, whose products may be TF32's."""
     model = random_model() if task == "cls" else random_dense(task)
     images = [torch.rand(3, *size) for size in [(96, 64), (50, 70), (100, 81)]]
     with torch.no_grad():
@@ -3469,8 +3469,8 @@ def test_training_and_evaluation_on_a_gpu(tmp_path, capsys, task, processes):
 
 @pytest.mark.parametrize("task", cf.TASKS)
 @needs_gpus(1)
-def test_answers_on_a_gpu_are_those_of_the_cpu(task):
-    compare_answers(task, torch.device("cuda"))
+def test_predictions_on_a_gpu_are_those_of_the_cpu(task):
+    compare_predictions(task, torch.device("cuda"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3509,7 +3509,7 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, rehearsed, task
         assert run.returncode != 0 and 2 <= step < 4 and len(memory) == 2
         run = start(2, "--task", task, "--out", out, "--resume")
         printed, errors = run.communicate()
-        assert run.returncode == 0 and f"goes on after step {step}\n" in printed, errors
+        assert run.returncode == 0 and f"resuming after step {step}\n" in printed, errors
     finally:
         kill(out)
     first, last = finite_log(out, task)
@@ -3603,7 +3603,7 @@ def test_one_line_says_what_is_wrong_with_a_flag(tmp_path, capsys, arguments, co
 
 def test_a_run_is_not_overwritten_unasked(tmp_path, capsys, checkpoint):
     (tmp_path / "last.pt").write_bytes(checkpoint.read_bytes())
-    with pytest.raises(SystemExit, match="--resume goes on with that run"):
+    with pytest.raises(SystemExit, match="--resume continues that run"):
         call(train, capsys, "--out", tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == checkpoint.read_bytes()
 

@@ -119,11 +119,11 @@ def parse_settings():
     if flags.get("resume") and os.path.exists(last):
         base = load_checkpoint(last)[1]["settings"]
     elif os.path.exists(last) and not flags.get("resume"):
-        raise InputError(f"{last} exists: --resume goes on with that run, --out DIR starts another one elsewhere")
+        raise InputError(f"{last} exists: --resume continues that run, --out DIR starts another one elsewhere")
     data = flags.get("data", base.get("data"))
     task = base.get("task", flags.get("task", "cls"))
     if flags.setdefault("task", task) != task:
-        raise InputError(f"{last} is of a run of --task {task}; --out DIR starts another one elsewhere")
+        raise InputError(f"{last} belongs to a run of --task {task}; --out DIR starts another one elsewhere")
     column = (0 if data is None else 1) if task == "cls" else 2 if data is None else 4 if task == "sem" else 3
     defaults = {name: row[column] for name, row in RECIPES.items()}
     defaults |= dict(data=None, resume=False, init=None, accumulate=1, compile=False, workers=default_workers(), seed=0)
@@ -135,7 +135,7 @@ def parse_settings():
         raise InputError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {settings['schedule']}")
     for name in CLS_ONLY:
         if task != "cls" and settings[name]:
-            raise InputError(f"--{name} is of --task cls; {task} has its own augmentation")
+            raise InputError(f"--{name} works with --task cls only; {task} has its own augmentation")
     if settings["patch_size"] not in (2, 4):
         raise InputError(f"--patch-size must be 2 or 4, got {settings['patch_size']}")
     if settings["drop_path"] is None:
@@ -205,7 +205,7 @@ def learning_rate(step, steps, warmup_steps, peak, schedule):
     return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps))
 
 
-UNLUCKY = 20  # steps in a row without a finite loss: by then it is not one strange image
+MAX_BAD_STEPS = 20  # steps in a row without a finite loss: by then it is not one strange image
 
 
 def batch_to_device(value, device):
@@ -234,7 +234,7 @@ def save(path, write):
         with contextlib.suppress(OSError):
             os.remove(part)
         why = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be written ({why}); the last whole one is still there") from error
+        raise InputError(f"{path}: cannot be written ({why}); the previous file is still intact") from error
 
 
 def on_signals(action):
@@ -279,7 +279,7 @@ def main():
     if settings["resume"] and os.path.exists(last):
         checkpoint = load_checkpoint(last)[1]
         if list(checkpoint["classes"]) != list(train.classes):
-            raise InputError(f"{last} is of a run on {len(checkpoint['classes'])} other classes; give its --data")
+            raise InputError(f"{last} belongs to a run with {len(checkpoint['classes'])} other classes; give its --data")
         model.load_state_dict(checkpoint["model"])
         step, log, sums, skipped = (checkpoint[name] for name in ("step", "log", "sums", "skipped"))
     elif settings["init"]:
@@ -322,10 +322,10 @@ def main():
             f"{world_size} x {device.type}"
         )
         if checkpoint:
-            print(f"goes on after step {step}")
+            print(f"resuming after step {step}")
             if checkpoint["processes"] != world_size:
                 print(
-                    f"{checkpoint['processes']} processes before, {world_size} now: every step sees the same images, but "
+                    f"{checkpoint['processes']} processes before, {world_size} now: every step uses the same images, but "
                     "rounding and stochastic depth differ"
                 )
 
@@ -340,12 +340,12 @@ def main():
 
     def leave(code):
         if rank == 0:
-            print(f"stopped after step {step} of {steps}; --out {out} --resume goes on from there", file=sys.stderr)
+            print(f"stopped after step {step} of {steps}; --out {out} --resume continues from there", file=sys.stderr)
         sys.exit(code)
 
-    asked = []  # exit codes, of signals that asked to leave; the step is finished first
-    on_signals(asked.append)
-    start, start_step, saved, unlucky = time.time(), step, time.time(), 0
+    stop_signals = []  # exit codes of signals that arrived; the step is finished first
+    on_signals(stop_signals.append)
+    start, start_step, saved, bad_steps = time.time(), step, time.time(), 0
     bar = tqdm(total=steps, initial=step, disable=True if rank else None)
     with bar, contextlib.closing(whole.read(loader)) as stream:  # whatever happens, the loader's processes end
         while True:
@@ -358,7 +358,7 @@ def main():
                 if (len(log) + 1) % settings["evaluate_every"] == 0 or step == steps:
                     on_signals(leave)  # at once: nothing is lost, and evaluation may take minutes
                     metrics = evaluate(ema, val, device, val_batch, settings["workers"])
-                    on_signals(asked.append)
+                    on_signals(stop_signals.append)
                 broken = whole.broken.to(device)
                 if world_size > 1:
                     dist.all_reduce(broken, dist.ReduceOp.MAX)
@@ -384,7 +384,7 @@ def main():
                         + f"{line['images_per_second']:.0f} images/s"
                     )
                     if broken.any():
-                        tqdm.write(f"{int(broken.sum())} of {len(train)} training images so far cannot be read")
+                        tqdm.write(f"{int(broken.sum())} of {len(train)} training images could not be read so far")
                     if skipped:
                         tqdm.write(f"{skipped} steps of this epoch were skipped: their loss or gradient was not finite")
                 sums, skipped, start, start_step, saved = {}, 0, time.time(), step, time.time()
@@ -419,24 +419,25 @@ def main():
                     (sum(losses.values()) * world_size).backward()  # of which DDP takes the mean over the processes
                 parts.update({name: loss.detach() for name, loss in losses.items()})
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip"] or math.inf)
-            # What all processes have to know, so that all do the same.  To read it waits for the GPU, once a step.
-            said = torch.stack([torch.full((), float(len(asked)), device=device), norm, *parts.values()])
+            # Reduce the stop flag, gradient norm and losses, so that all ranks take the same decision.  Reading them is the
+            # step's wait for the GPU.
+            flags = torch.stack([torch.full((), float(len(stop_signals)), device=device), norm, *parts.values()])
             if world_size > 1:
-                dist.all_reduce(said)
-            stop, *finite = said.tolist()
+                dist.all_reduce(flags)
+            stop, *finite = flags.tolist()
             if all(map(math.isfinite, finite)):
                 optimizer.step()
                 # The average forgets its start: after few steps it looks back over few steps.
                 decay = min(settings["ema"], (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
                 sums = {name: sums.get(name, 0.0) + value for name, value in zip(parts, finite[1:])}
-                unlucky = 0
+                bad_steps = 0
             else:
-                skipped, unlucky = skipped + 1, unlucky + 1
-                if unlucky == UNLUCKY:
+                skipped, bad_steps = skipped + 1, bad_steps + 1
+                if bad_steps == MAX_BAD_STEPS:
                     raise InputError(
-                        f"loss or gradients were not finite in {unlucky} steps in a row, {step - unlucky + 2} to {step + 1}: "
-                        f"lower --lr (it is {lr:.1e} here) or --clip, or look at these images; {last} is from before"
+                        f"loss or gradient was not finite in {bad_steps} steps in a row, {step - bad_steps + 2} to {step + 1}: "
+                        f"lower --lr (it is {lr:.1e} here) or --clip, or check these images; {last} is from before them"
                     )
             optimizer.zero_grad()
             step += 1
@@ -447,13 +448,13 @@ def main():
                 mean = sum(sums.values()) / max(1, step - len(log) * steps_per_epoch - skipped)
                 bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
             # Never in a row of bad steps: it may end the run, and to go on from its middle would not help.
-            if rank == 0 and not unlucky and (stop or time.time() - saved > 60 * settings["checkpoint_every"]):
+            if rank == 0 and not bad_steps and (stop or time.time() - saved > 60 * settings["checkpoint_every"]):
                 write_checkpoint("last.pt")
                 saved = time.time()
             if stop:
-                leave(max(asked, default=128 + signal.SIGTERM))
+                leave(max(stop_signals, default=128 + signal.SIGTERM))
     if rank == 0:
-        print(f"{describe(log[-1], task)} of {len(val)} images that it never saw")
+        print(f"{describe(log[-1], task)} on {len(val)} held-out images")
         print(f"python eval.py --checkpoint {last}")
 
 
