@@ -1815,8 +1815,8 @@ def test_panoptic_training_on_instances_alone_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "damage, complaint",
     [
-        (lambda maps: [Image.new("L", (60, 40)).save(path) for path in maps.iterdir()], "not one labeled pixel"),
-        (lambda maps: [path.write_bytes(b"") for path in maps.iterdir()], "not one labeled pixel"),
+        (lambda maps: [Image.new("L", (60, 40)).save(path) for path in maps.iterdir()], "no labeled pixel"),
+        (lambda maps: [path.write_bytes(b"") for path in maps.iterdir()], "no labeled pixel"),
         (lambda maps: Image.new("RGB", (60, 40), "red").save(maps / "b.png"), "b.png: colors in it"),
         (lambda maps: (maps.parents[1] / "objectInfo150.txt").write_text(""), "objectInfo150.txt: no classes in it"),
     ],
