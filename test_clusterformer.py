@@ -141,7 +141,7 @@ def test_sharp_assignments_are_those_of_spherical_kmeans():
     np.testing.assert_allclose(new[0].detach().numpy() - centers, means, atol=1e-4)
 
 
-def test_a_token_that_looks_like_no_center_hardly_moves_any():
+def test_a_token_unlike_every_center_hardly_moves_any():
     module = cf.RecurrentCrossAttentionClustering(8, 1, iterations=1)
     centers = torch.eye(8)[:2][None]
     tokens = torch.cat([centers[0].repeat(5, 1), torch.eye(8)[7:]])[None]  # five like each center, one like neither
@@ -192,7 +192,7 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(lambda c, x, *_: module(c, x), (centers, tokens, *parameters))
 
 
-def test_keys_and_values_are_projected_once_whatever_T_is():
+def test_keys_and_values_are_projected_once_for_any_T():
     N, K, D, d = 64, 4, 32, 16
     tokens, centers = torch.randn(1, N, D), torch.randn(1, K, D)
     for T in (1, 2, 5):
@@ -213,7 +213,7 @@ def test_a_new_center_attracts_the_tokens_that_look_like_it():
     assert (F.cosine_similarity(C[0], kinds) > 0.9).all()
 
 
-def test_dispatching_is_equation_6_with_the_mlp_inside_of_the_sum():
+def test_dispatching_is_equation_6_with_the_mlp_inside_the_sum():
     rng = np.random.default_rng(0)
     K, N, h, d = 4, 7, 2, 3
     C, M = rng.normal(size=(K, h * d)), softmax(rng.normal(size=(h, K, N)), axis=1)
@@ -236,7 +236,7 @@ def test_dispatching_is_equation_6_with_the_mlp_inside_of_the_sum():
             np.testing.assert_allclose(received[i, part], expected, atol=1e-12)
 
 
-def test_a_new_block_is_its_convolution():
+def test_a_new_block_equals_its_convolution():
     torch.manual_seed(0)
     block, x = cf.ClusterBlock(32, 2), torch.randn(2, 9, 6, 32)
     expected = x + F.conv2d(x.permute(0, 3, 1, 2), *block.depthwise.parameters(), padding=1, groups=32).permute(0, 2, 3, 1)
@@ -262,7 +262,7 @@ def test_a_logit_is_the_bias_plus_the_mean_contribution_of_the_centers():
 # ---------------------------------------------------------------------------------------------------------------
 # The model and its use
 # ---------------------------------------------------------------------------------------------------------------
-def test_an_image_alone_and_among_others_gives_the_same():
+def test_an_image_gives_the_same_alone_and_in_a_batch():
     model = random_model()
     images = [torch.rand(3, *size) for size in [(64, 64), (33, 90), (100, 47), (32, 32)]]
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_an_image_alone_and_among_others_gives_the_same():
         torch.testing.assert_close(among[1:2, :, : own.shape[2], : own.shape[3]], own, atol=1e-4, rtol=1e-4)
 
 
-def test_what_lies_in_the_padding_does_not_matter():
+def test_the_content_of_the_padding_does_not_matter():
     model = random_model()
     images, sizes = cf.batch_images([torch.rand(3, 40, 70), torch.rand(3, 64, 50)])
     padding = images.clone()
@@ -337,7 +337,7 @@ def test_sizes_are_those_of_the_paper(variant, parameters, macs):
     assert counter.get_total_flops() / 2 <= macs
 
 
-def test_stochastic_depth_leaves_branches_out_in_training_only():
+def test_stochastic_depth_drops_branches_in_training_only():
     model = random_model(drop_path=0.5)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -364,7 +364,7 @@ def test_bfloat16_autocast_is_close_and_keeps_the_assignments_in_float32():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_without_graph_breaks_it_gives_the_same(monkeypatch, backend):
+def test_the_model_compiles_without_graph_breaks_and_gives_the_same(monkeypatch, backend):
     if backend == "inductor":
         slow()
     monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))  # compiling takes long
@@ -386,7 +386,7 @@ def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(monkeypatch)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
-def test_exported_it_gives_the_same_for_any_batch(monkeypatch):
+def test_the_exported_model_gives_the_same_for_any_batch_size(monkeypatch):
     monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))
     model = random_model()
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -395,7 +395,7 @@ def test_exported_it_gives_the_same_for_any_batch(monkeypatch):
     torch.testing.assert_close(exported.module()(image)["logits"], model(image)["logits"], atol=1e-5, rtol=1e-5)
 
 
-def test_predict_gives_the_five_best_classes_and_leaves_the_mode():
+def test_predict_returns_the_top_5_classes_and_restores_the_mode():
     model = random_model().train()
     images = [torch.rand(3, 40, 60), torch.rand(3, 64, 64)]
     predictions = model.predict(images)
@@ -493,7 +493,7 @@ def found_again(objects, among):
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
+def test_dense_tasks_give_the_same_for_an_image_alone_and_in_a_batch(task):
     model = random_dense(task)
     images = [torch.rand(3, *size) for size in [(96, 64), (50, 70), (100, 81)]]
     with torch.no_grad():
@@ -515,7 +515,7 @@ def test_dense_tasks_give_the_same_for_an_image_alone_and_among_others(task):
 
 @pytest.mark.parametrize("task", DENSE)
 @pytest.mark.parametrize("n", [(3, 1), (0, 0)])
-def test_every_parameter_of_a_dense_model_gets_a_gradient_also_from_images_without_objects(task, n):
+def test_every_parameter_of_a_dense_model_gets_a_gradient_even_from_images_without_objects(task, n):
     model = random_dense(task).train()
     losses = cf.set_losses(model(torch.rand(2, 3, 64, 64)), some_targets(task, n), 4)
     sum(losses.values()).backward()
@@ -587,7 +587,7 @@ def test_any_image_has_a_valid_prediction(task, precise):
 
 
 @pytest.mark.parametrize("height, width", [(12, 12), (7, 25), (40, 33)])
-def test_first_boxes_are_those_of_the_grid_cells(height, width):
+def test_the_first_boxes_are_the_grid_cells(height, width):
     boxes = cf.cell_boxes(cf.make_layout(height, width, min_cell=1))[0]
     expected = []
     for i, j in itertools.product(range(min(10, height)), range(min(10, width))):
@@ -601,7 +601,7 @@ def test_first_boxes_are_those_of_the_grid_cells(height, width):
     torch.testing.assert_close(boxes, torch.tensor(expected))
 
 
-def test_centers_of_the_decoder_start_at_the_cells_of_a_grid(monkeypatch):
+def test_decoder_centers_start_at_the_cells_of_a_grid(monkeypatch):
     model, seen = random_dense("det"), []
     detection = model.head.decoder.box_head.forward
     monkeypatch.setattr(model.head.decoder.box_head, "forward", lambda x, anchors: seen.append(anchors) or detection(x, anchors))
@@ -630,7 +630,7 @@ def test_the_box_prior_is_the_log_of_a_gaussian_over_a_quadrant_and_is_added_to_
 
 
 @pytest.mark.parametrize("pixels", [6, 12, 24, 48])
-def test_the_prior_of_a_small_box_is_near_it_on_a_coarse_map(pixels):
+def test_the_prior_of_a_small_box_stays_near_it_on_a_coarse_map(pixels):
     """Of 1024 pixels, at stride 32, where a quarter of such a box may lie between the middles of all tokens."""
     boxes = torch.cat([torch.rand(1, 200, 2), torch.full((1, 200, 2), pixels / 1024)], -1)
     prior = cf.box_prior(boxes, cf.make_layout(32, 32))[:, 0].mT.exp()  # (4, 200, N)
@@ -640,7 +640,7 @@ def test_the_prior_of_a_small_box_is_near_it_on_a_coarse_map(pixels):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_the_prior_of_a_mask_is_the_log_of_its_mean_over_a_token(step):
+def test_the_mask_prior_is_the_log_probability_of_the_mean_logit_of_a_token(step):
     masks = 8 * torch.randn(2, 3, 10, 13)
     sizes = torch.tensor([[10, 13], [7, 9]])
     priors = cf.mask_prior(masks, cf.make_layout(10, 13, sizes), step)
@@ -651,7 +651,7 @@ def test_the_prior_of_a_mask_is_the_log_of_its_mean_over_a_token(step):
             torch.testing.assert_close(prior[:, i, j].double(), -(1 + (-mean).exp()).log().clamp(max=10), atol=1e-4, rtol=1e-4)
 
 
-def test_later_layers_collect_where_the_last_mask_is():
+def test_later_layers_add_the_prior_of_the_last_mask():
     """The first layer knows boxes only; a later one also the mask that its center had after the layer before."""
     model, seen = random_dense("inst"), []
     for layer in model.head.decoder.layers:
@@ -667,7 +667,7 @@ def test_later_layers_collect_where_the_last_mask_is():
     assert len(seen) == 3
 
 
-def test_a_scale_beyond_its_limit_still_learns():
+def test_a_scale_beyond_its_limit_still_gets_a_gradient():
     module = random_clustering().train()
     module.log_scale.data.fill_(math.log(80.0))
     C, _ = module(torch.randn(2, 6, 12).double(), torch.randn(2, 20, 12).double())
@@ -690,7 +690,7 @@ def test_a_box_is_its_anchor_moved_by_fractions_of_its_sides_and_stretched():
     torch.testing.assert_close(head(torch.randn(1, 2, 8), anchors)[0, 0], torch.tensor([0.6, 0.3, 0.3, 0.1]))
 
 
-def test_a_mask_falls_off_with_the_distance_from_its_box_in_half_sides():
+def test_a_mask_falls_off_with_the_distance_from_its_box():
     layout = cf.make_layout(10, 10)
     far = cf.box_distance(torch.tensor([[[0.45, 0.25, 0.4, 0.2]]]), layout)[0, 0]  # middle of token (2, 4); half sides: 1 and 2 tokens
     assert far[2, 4] == pytest.approx(0, abs=1e-6) and far[3, 4] == pytest.approx(1) and far[2, 8] == pytest.approx(4)
@@ -745,7 +745,7 @@ def test_iou_and_giou_are_those_of_torchvision():
     torch.testing.assert_close(giou, generalized_box_iou(a, b))
 
 
-def test_pairwise_iou_is_that_of_torchvision_but_for_a_box_with_itself():
+def test_pairwise_iou_is_that_of_torchvision_with_zeros_on_the_diagonal():
     torch.manual_seed(0)
     boxes = torch.rand(2, 6, 4)
     for ours, of_image in zip(cf.pairwise_iou(boxes), boxes):
@@ -763,13 +763,13 @@ def test_duplicate_detections_are_suppressed():
     assert found == [(pytest.approx(s), label, center) for s, label, center in expected]
 
 
-def test_a_pixels_class_is_that_of_the_largest_sum_over_centers():
+def test_the_class_of_a_pixel_has_the_largest_sum_over_centers():
     probability = torch.tensor([[0.6, 0.0], [0.0, 0.5], [0.0, 0.4]])
     masks = torch.tensor([[9.0, 9.0, 9.0], [9.0, -9.0, 9.0], [-9.0, -9.0, 9.0]]).view(3, 1, 3)
     assert cf.semantic_map(probability, masks).tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
 
 
-def test_panoptic_segments_of_a_case_worked_by_hand():
+def test_panoptic_segments_of_a_case_worked_out_by_hand():
     rows = ["111100", "011110", "000011", "110000", "000001"]  # masks of five centers over six pixels
     masks = torch.tensor([[9.0 if pixel == "1" else -9.0 for pixel in row] for row in rows]).view(5, 1, 6)
     probability = torch.zeros(5, 3)
@@ -785,7 +785,7 @@ def test_panoptic_segments_of_a_case_worked_by_hand():
     assert ids.tolist() == [[0] * 6] and segments == []
 
 
-def test_masks_reach_full_size_without_what_is_in_the_padding():
+def test_padding_does_not_leak_into_resized_masks():
     masks = torch.full((1, 8, 8), 50.0)
     masks[:, :3, :4] = -1.0  # the real part of an image of 11 x 13 in a batch of 32 x 32
     full = cf.resize_masks(masks, (11, 13), 4, (11, 13))
@@ -826,7 +826,7 @@ def test_every_target_is_matched_with_the_center_that_predicts_it(task):
             assert len(set(center[layer == l].tolist())) == n * times
 
 
-def test_of_more_objects_than_centers_the_largest_are_trained():
+def test_with_more_targets_than_centers_the_largest_are_matched():
     targets = some_targets("inst", (30, 2))
     model = random_dense("inst").train()
     output = model(torch.rand(2, 3, 32, 32))  # 4 x 4 tokens at stride 8: 16 centers
@@ -855,17 +855,17 @@ def test_no_target_is_matched_with_a_center_that_its_image_does_not_have():
     torch.testing.assert_close(both[1], both[0], rtol=0.02, atol=0)
 
 
-def test_no_target_is_matched_so_often_that_most_centers_have_a_target():
+def test_at_most_half_of_the_centers_have_a_target():
     assert cf.matches_per_target(7, 100, 1) == [6, 4, 2, 1, 1, 1, 1] and cf.matches_per_target(4, 100, 10) == [5, 4, 2, 1]
     assert cf.matches_per_target(4, 100, 16) == [3, 3, 2, 1] and cf.matches_per_target(4, 100, 60) == [1, 1, 1, 1] == cf.matches_per_target(4, 16, 0)[3:] * 4
 
 
-def test_masks_are_compared_at_12544_points_from_512_pixels_on():
+def test_masks_are_compared_at_12544_points_from_512_pixels_up():
     counts = {side: cf.num_points(torch.empty(1, side // 4, side // 4)) for side in (96, 256, 508, 512, 1024)}
     assert counts == {96: 144, 256: 1024, 508: 4032, 512: 12_544, 1024: 12_544}
 
 
-def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
+def test_panoptic_stuff_is_neither_matched_nor_trained_by_boxes():
     torch.manual_seed(0)
     targets = some_targets("pan", (3,))
     targets[0]["labels"] = torch.tensor([0, 3, 4])  # of five classes the last two are stuff
@@ -882,7 +882,7 @@ def test_panoptic_stuff_is_neither_matched_nor_trained_by_its_box():
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_losses_are_small_for_the_truth_and_do_not_depend_on_the_order_of_targets(task):
+def test_losses_are_near_zero_for_the_ground_truth_and_ignore_the_order_of_targets(task):
     targets = some_targets(task, (3, 0, 2))
     torch.manual_seed(0)
     losses = cf.set_losses(perfect_output(targets, task) | {"aux": []}, targets, 4)
@@ -895,7 +895,7 @@ def test_losses_are_small_for_the_truth_and_do_not_depend_on_the_order_of_target
             torch.testing.assert_close(cf.set_losses(output, turned, 4)[name], value)
 
 
-def test_losses_are_what_their_names_say():
+def test_losses_match_a_reference_in_numpy():
     """One image, one layer, two targets, three centers, in NumPy."""
     logits, boxes = torch.tensor([[[2.0, -1.0], [-1.0, 0.5], [0.3, -2.0]]]), torch.rand(1, 3, 4) * 0.2 + 0.3
     targets = [dict(labels=torch.tensor([1, 0]), boxes=torch.rand(2, 4) * 0.2 + 0.3)]
@@ -924,7 +924,7 @@ def test_losses_are_what_their_names_say():
     np.testing.assert_allclose([losses[name].item() for name in ("label", "l1", "giou")], best[1:], rtol=1e-4)
 
 
-def test_masks_compared_at_points_cost_on_average_what_they_cost_at_all_pixels():
+def test_mask_costs_at_random_points_average_to_those_at_all_pixels():
     torch.manual_seed(0)
     rectangles = [rectangle(20, 30, 150, 90, (256, 256)), rectangle(100, 10, 220, 250, (256, 256))]
     target = dict(labels=torch.tensor([1, 4]), masks=torch.from_numpy(np.array(rectangles)))
@@ -941,7 +941,7 @@ def test_masks_compared_at_points_cost_on_average_what_they_cost_at_all_pixels()
             assert mean[t, k] == pytest.approx(label + box + 5 * entropy.item() + 5 * dice.item(), abs=0.03)
 
 
-def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
+def test_small_targets_weigh_as_much_as_large_ones_in_the_pixel_loss():
     masks = torch.zeros(2, 16, 16, dtype=torch.bool)
     masks[0, :8], masks[1, 12:, 12:] = True, True
     pixels = torch.randn(1, 3, 4, 4)
@@ -952,7 +952,7 @@ def test_pixels_of_small_targets_count_as_much_as_those_of_large_ones():
     assert loss.item() == pytest.approx(cf.LOSS_WEIGHTS["pixel"] * (cost[2, :2].mean() + cost[0, 3, 3]), rel=1e-4)
 
 
-def test_points_are_drawn_where_a_mask_is_uncertain():
+def test_points_are_sampled_where_a_mask_is_uncertain():
     masks = torch.linspace(8, -8, 16).repeat(1, 16, 1)  # the border is at x = 32 of 64 pixels
     torch.manual_seed(0)
     points = cf.uncertain_points(masks, 400, (1.0, 1.0)) * 64
@@ -1005,7 +1005,7 @@ def test_label_smoothing_is_an_argument_of_the_model():
     assert model.count(labels) == 3
 
 
-def test_copied_alone_the_module_learns_boxes_and_masks(tmp_path):
+def test_the_module_copied_alone_learns_boxes_and_masks(tmp_path):
     """As in the README: the file alone in a folder, and nothing else of this project."""
     shutil.copy(cf.__file__, tmp_path)
     example = next(block for block in readme("python") if "model.loss" in block)
@@ -1106,7 +1106,7 @@ class InMemory:
 @pytest.mark.parametrize("task", cf.TASKS)
 @pytest.mark.parametrize("targets", [True, False])
 @pytest.mark.parametrize("second", [(64, 64), (96, 128), (61, 62)])  # equal, unequal, unequal in pixels but not in tokens
-def test_every_tensor_is_made_on_the_device_of_the_images(task, second, targets):
+def test_every_tensor_is_created_on_the_device_of_the_images(task, second, targets):
     """Whatever is made without a device is made on "meta" here, and its first use beside the images raises an error."""
     model, images, found = one_task(task, ((64, 64), second), targets)
     truth = InMemory(task, 64)
@@ -1125,7 +1125,7 @@ def test_every_tensor_is_made_on_the_device_of_the_images(task, second, targets)
 @pytest.mark.skipif(torch.__version__ < (2, 15), reason="torch 2.6 asks a driver how to convolve; 2.15 is known not to")
 @pytest.mark.parametrize("task", cf.TASKS)
 @pytest.mark.parametrize("training", [True, False])
-def test_under_autocast_for_cuda_all_dtypes_agree(task, training):
+def test_all_dtypes_agree_under_autocast_for_cuda(task, training):
     """Tensors that only say that they are on a GPU: nothing is computed, but a product of two dtypes is refused all the same."""
     model, images, _ = one_task(task, ((64, 64), (64, 64)), False)
     dtypes = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -1212,7 +1212,7 @@ def test_the_label_of_shapes_is_the_class_of_the_largest_thing():
     assert np.mean(largest) > 0.99
 
 
-def test_color_and_brightness_say_nothing_about_the_class():
+def test_color_and_brightness_do_not_reveal_the_class():
     shapes = data.Shapes(3000, 64, seed=0, split="train")
     images, labels = zip(*[shapes[0, i] for i in range(3000)])
     images = data.as_float(list(images))
@@ -1224,7 +1224,7 @@ def test_color_and_brightness_say_nothing_about_the_class():
     assert len(data.THINGS) >= 8 and accuracy < 0.20  # chance is 0.125, with 1,000 images +- 0.01
 
 
-def test_a_global_batch_is_the_same_however_it_is_divided():
+def test_a_global_batch_is_the_same_however_it_is_split():
     def batches(world_size, accumulate, **arguments):
         parts = [
             list(data.GlobalBatches(50, 12, 9, 5, rank, world_size, accumulate, **arguments)) for rank in range(world_size)
@@ -1241,7 +1241,7 @@ def test_a_global_batch_is_the_same_however_it_is_divided():
     assert batches(2, 1, first_step=5) == whole[5:]
 
 
-def test_mixup_and_cutmix_of_a_global_batch_are_the_same_however_it_is_divided():
+def test_mixup_and_cutmix_are_the_same_however_the_global_batch_is_split():
     pixels, labels = torch.rand(50, 3, 8, 8), torch.arange(50) % 7
 
     def mixed(world_size, accumulate, step):
@@ -1278,7 +1278,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index_on_any_number_of_workers(folder):
+def test_augmentation_depends_on_seed_epoch_and_index_only_for_any_number_of_workers(folder):
     images = data.Folder(folder, "train", data.train_transform(32, 27, 0.25), seed=1)
     keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
     torch.manual_seed(0)
@@ -1310,7 +1310,7 @@ def test_erased_rectangles_have_the_mean_color():
     assert image.dtype == torch.uint8 and image.flatten(1).unique(dim=1).T.tolist() == [[124, 116, 104], [255, 255, 255]]
 
 
-def test_images_of_every_kind_are_read_rightly(tmp_path):
+def test_images_of_every_kind_are_read_correctly(tmp_path):
     rgb = np.zeros((40, 60, 3), np.uint8)
     rgb[:20], rgb[20:, :30], rgb[20:, 30:] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
     upright = Image.fromarray(rgb)
@@ -1375,7 +1375,7 @@ def write_coco(root, split="train"):
     return content
 
 
-def test_coco_annotations_of_every_form_are_read_rightly(tmp_path):
+def test_coco_annotations_of_every_form_are_read_correctly(tmp_path):
     write_coco(tmp_path)
     coco = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)
     assert coco.classes == ["boat", "kite"] and coco.categories == [7, 90] and len(coco) == 2
@@ -1402,7 +1402,7 @@ def test_a_flipped_image_has_flipped_boxes_and_masks(tmp_path):
     assert torch.equal(flipped["masks"], straight["masks"].flip(-1))
 
 
-def test_a_crop_keeps_what_can_be_seen_and_is_a_function_of_seed_epoch_and_index(tmp_path):
+def test_a_crop_keeps_visible_objects_and_depends_on_seed_epoch_and_index_only(tmp_path):
     write_coco(tmp_path)
     jitter = v2.ScaleJitter((40, 60), scale_range=(0.5, 2.0))
     coco = data.Coco(tmp_path, "train", "inst", jitter, crop=24, seed=4)
@@ -1443,7 +1443,7 @@ def write_panoptic(root, split="train"):
     return ids
 
 
-def test_panoptic_maps_are_read_rightly(tmp_path):
+def test_panoptic_maps_are_read_correctly(tmp_path):
     ids = write_panoptic(tmp_path)
     coco = data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)
     assert coco.classes == ["boat", "sky"] and coco.things == [True, False]
@@ -1467,7 +1467,7 @@ def write_ade(root, names=True):
 
 
 @pytest.mark.parametrize("names", [True, False])
-def test_label_maps_are_read_rightly(tmp_path, names):
+def test_label_maps_are_read_correctly(tmp_path, names):
     write_ade(tmp_path, names)
     ade = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
     assert ade.classes == (["wall", "sky", "tree"] if names else ["1", "2", "3"]) and len(ade) == 2
@@ -1492,7 +1492,7 @@ def flood(seen, start):
     return reached
 
 
-def test_regions_of_a_class_are_those_of_a_flood_and_small_ones_stay_with_the_largest():
+def test_regions_of_a_class_match_a_flood_fill_and_small_ones_join_the_largest():
     rng = np.random.default_rng(0)
     for size in [(64, 64), (50, 71)]:
         blobs = rng.standard_normal((3, *size))
@@ -1598,7 +1598,7 @@ def test_one_line_says_what_is_wrong_with_ade_files(tmp_path, damage, complaint)
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 480), (20, 700), (3000, 1), (7, 5)])
-def test_any_image_is_rescaled_in_its_proportions_to_what_the_model_takes(size):
+def test_any_image_is_rescaled_to_a_valid_size_in_its_aspect_ratio(size):
     image = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
     height, width = data.dense_eval_transform(800, 1333)(image).shape[-2:]
     fits = min(800 / min(size), 1333 / max(size))
@@ -1627,7 +1627,7 @@ def test_images_of_any_shape_are_classified(tmp_path, size):
         assert len(images) == 1 and images[0, 0][0].shape == (3, 32, 32)
 
 
-def test_jitter_draws_its_factors_evenly_and_keeps_boxes_on_their_masks():
+def test_jitter_samples_scales_uniformly_and_keeps_boxes_on_their_masks():
     mask = torch.zeros(1, 100, 150, dtype=torch.bool)
     mask[:, 20:70, 30:120] = True
     image = tv_tensors.Image(torch.where(mask, 255, 0).to(torch.uint8).repeat(3, 1, 1))
@@ -1643,7 +1643,7 @@ def test_jitter_draws_its_factors_evenly_and_keeps_boxes_on_their_masks():
     assert min(factors) < 0.15 and max(factors) > 1.95 and abs(np.mean(factors) - 1.05) < 0.1
 
 
-def test_colors_change_for_label_maps_and_the_labels_do_not(tmp_path):
+def test_augmentation_of_label_maps_changes_colors_and_keeps_labels(tmp_path):
     write_ade(tmp_path)
     plain = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
     colored = data.Ade(tmp_path, "train", data.dense_train_transform("sem", 64), crop=1000, seed=1)
@@ -1657,7 +1657,7 @@ def test_colors_change_for_label_maps_and_the_labels_do_not(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 20, 300])
-def test_a_map_that_is_augmented_once_gives_the_masks_that_are_augmented_one_by_one(count):
+def test_augmenting_a_label_map_equals_augmenting_its_masks_one_by_one(count):
     rng = np.random.default_rng(count)
     numbers = (rng.choice(2**24 - 1, count, replace=False) + 1).tolist()
     ids = torch.from_numpy(np.array([0, *numbers])[np.kron(rng.integers(0, count + 1, (20, 30)), np.ones((4, 4), int))])
@@ -1687,14 +1687,14 @@ def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_picture_that_would_fill_the_memory_is_an_unreadable_one(tmp_path, monkeypatch):
+def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path, monkeypatch):
     Image.new("L", (60, 40)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "a.png: cannot be read as an image" in refusal(lambda: data.load_image(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_goes_on_with_the_next_image_and_tells_once_of_a_broken_one(folder, capfd, workers):
+def test_training_skips_a_broken_image_and_reports_it_once(folder, capfd, workers):
     cut_in_half(folder / "train" / "cat" / "3.png")
     (folder / "train" / "cat" / "4.png").write_text("this is no image")
     (folder / "train" / "dog" / "7.png").write_bytes(b"")  # the last of all: the first one is next
@@ -1722,7 +1722,7 @@ def second_panoptic_image_without_sky(content):
 
 
 @pytest.mark.parametrize("task", ["inst", "det", "sem", "pan"])
-def test_dense_training_goes_on_too(tmp_path, capfd, task):
+def test_dense_training_skips_a_broken_image_too(tmp_path, capfd, task):
     if task == "sem":
         write_ade(tmp_path)
         cut_in_half(tmp_path / "annotations" / "training" / "a.png")
@@ -1780,7 +1780,7 @@ def test_one_line_says_which_entry_of_a_coco_file_is_wrong(tmp_path, damage, com
     assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1])
 
 
-def test_objects_of_no_area_are_left_out_and_counted(tmp_path):
+def test_objects_without_area_are_ignored_and_counted(tmp_path):
     write_coco(tmp_path)
     nothing = [[60, 0, 5, 5], [-9, 0, 9, 5], [math.nan, 0, 5, 5], [9, 9, -5, 5], [9, 9, 5, 0]]
     edit_json(lambda c: c["annotations"].extend(c["annotations"][0] | dict(id=9, bbox=bbox) for bbox in nothing))(tmp_path)
@@ -1827,7 +1827,7 @@ def test_one_line_says_what_is_wrong_with_label_maps(tmp_path, damage, complaint
     assert complaint in refusal(lambda: data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)[0, 1])
 
 
-def test_in_evaluation_a_label_map_of_another_size_is_an_error_and_other_files_are_not_images(tmp_path):
+def test_in_evaluation_a_label_map_of_another_size_is_an_error_and_hidden_files_are_ignored(tmp_path):
     write_ade(tmp_path)
     (tmp_path / "images" / "validation" / ".DS_Store").write_bytes(b"")
     ade = data.Ade(tmp_path, "val", data.dense_eval_transform(64, 256))
@@ -1836,7 +1836,7 @@ def test_in_evaluation_a_label_map_of_another_size_is_an_error_and_other_files_a
     assert "its label map has 50 x 40" in refusal(lambda: ade[0, 1])
 
 
-def test_the_truth_given_as_prediction_is_perfect_also_where_ids_start_at_0(tmp_path):
+def test_the_ground_truth_has_an_ap_of_1_even_if_ids_start_at_0(tmp_path):
     write_coco(tmp_path)
     edit_json(lambda c: [entry.pop("area") for entry in c["annotations"]])(tmp_path)
     edit_json(lambda c: [entry.pop("iscrowd") for entry in c["annotations"] if not entry["iscrowd"]])(tmp_path)
@@ -1846,7 +1846,7 @@ def test_the_truth_given_as_prediction_is_perfect_also_where_ids_start_at_0(tmp_
         assert plain_metrics(truth, [dict(entry) for entry in found], kind)[0] == pytest.approx(1)
 
 
-def test_shapes_tell_the_same_of_a_scene_for_every_task():
+def test_shapes_agree_on_a_scene_across_tasks():
     scenes = {task: data.Shapes(50, 96, 3, "train", task) for task in ("det", "inst", "sem", "pan")}
     things, stuff, cut = Counter(), 0, 0
     for index in range(50):
@@ -1866,7 +1866,7 @@ def test_shapes_tell_the_same_of_a_scene_for_every_task():
     assert max(things) == 6 and things[1] and stuff > 40 and cut > 25
 
 
-def test_the_truth_of_shapes_for_evaluation_is_that_of_training():
+def test_shapes_have_the_same_ground_truth_in_training_and_evaluation():
     val = data.Shapes(5, 96, 0, "val", "pan")
     assert val[0, 2][1] == dict(index=2, size=(96, 96))
     assert torch.equal(val[0, 2][0], data.Shapes(5, 96, 8, "val", "pan")[7, 2][0])
@@ -1883,7 +1883,7 @@ def test_the_truth_of_shapes_for_evaluation_is_that_of_training():
             assert entry["category_id"] == segment["category_id"]
 
 
-def test_the_assignment_is_the_cheapest_of_all():
+def test_hungarian_matching_is_optimal():
     rng = np.random.default_rng(0)
     for case in range(200):
         n = int(rng.integers(1, 6))
@@ -1905,7 +1905,7 @@ def panoptic_metrics(predicted, segments, truth, entries, classes=3):
     return counts, evaluation.panoptic_quality(counts, torch.ones(classes, dtype=torch.bool))
 
 
-def test_panoptic_quality_of_cases_worked_by_hand():
+def test_panoptic_quality_of_cases_worked_out_by_hand():
     truth, entries = "1112 1112 3333", {1: (0, 0), 2: (0, 0), 3: (1, 0)}
     counts, figures = panoptic_metrics(truth, {1: 0, 2: 0, 3: 1}, truth, entries)
     assert figures == [1, 1, 1] and counts[2].sum() == 0  # a class that does not occur does not count
@@ -1916,7 +1916,7 @@ def test_panoptic_quality_of_cases_worked_by_hand():
     assert (pq, sq, rq) == (pytest.approx(4 / 6 / 2 / 3), pytest.approx(4 / 6 / 3), pytest.approx(1 / 2 / 3))
 
 
-def test_void_and_crowds_are_not_held_against_the_model():
+def test_void_and_crowds_do_not_count_as_errors():
     # Half of the match lies on void: it counts neither as overlap nor as union.
     counts, figures = panoptic_metrics("1111 0000", {1: 0}, "1100 0000", {1: (0, 0)})
     assert figures == [1, 1, 1]
@@ -1928,7 +1928,7 @@ def test_void_and_crowds_are_not_held_against_the_model():
     assert counts.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def test_semantic_metrics_are_those_counted_pixel_by_pixel():
+def test_semantic_metrics_match_a_count_pixel_by_pixel():
     rng = np.random.default_rng(0)
     predicted, truth = rng.integers(0, 4, (2, 30, 40))
     truth[rng.random((30, 40)) < 0.2] = -1
@@ -2023,7 +2023,7 @@ EVERY = [0, 1, 3]  # objects of write_coco() that are neither crowds nor without
     pytest.param(ids_as_text, EVERY, 1, id="ids-text-and-numbers"),
     pytest.param(ids_of_words, EVERY, 1, id="ids-words-and-numbers"),
 ])
-def test_objects_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, change, objects, area):
+def test_annotations_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, change, objects, area):
     edit_both(tmp_path, change)
     train_set, val_set = read_both(tmp_path)
     at = [name for name, *_ in train_set.images].index("a.png")
@@ -2043,7 +2043,7 @@ def test_objects_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, 
     assert metrics["mask_AP"] == pytest.approx(1) and metrics["box_AP50"] == pytest.approx(1) and metrics["images"] == 2
 
 
-def test_run_lengths_as_text_are_those_of_pycocotools():
+def test_compressed_run_lengths_are_decoded_as_by_pycocotools():
     rng = np.random.default_rng(0)
     large = rectangle(0, 0, 400, 300, (400, 600))
     for mask in [*(rng.random((40, 60)) < share for share in (0, 0.001, 0.5, 1)), rectangle(5, 10, 15, 30), large]:
@@ -2056,7 +2056,7 @@ def test_run_lengths_as_text_are_those_of_pycocotools():
 
 @pytest.mark.parametrize("mask, area", [
     (LEFT, 150), (None, 150), ("of another tool", 150), ([[40, 20, 45, 20, 45, 35, 40, 35]], 75)])
-def test_an_area_that_is_not_known_is_that_of_the_mask_or_else_of_the_box(tmp_path, mask, area):
+def test_a_missing_area_is_that_of_the_mask_or_else_of_the_box(tmp_path, mask, area):
     edit_both(tmp_path, one_object(area=None, segmentation=mask))
     assert read_both(tmp_path, "det")[1].coco().dataset["annotations"][1]["area"] == area
 
@@ -2072,14 +2072,14 @@ def test_an_area_that_is_not_known_is_that_of_the_mask_or_else_of_the_box(tmp_pa
     pytest.param(every_object(segmentation=None), "no usable annotation in it: 4 objects have no mask", id="no-masks"),
     pytest.param(one_object(segmentation=[[[40, 20], [50, 20], [50, 35]]]), "annotation 1 has a mask that is neither", id="pairs"),
 ])
-def test_what_is_uncertain_in_coco_files_is_refused(tmp_path, change, complaint):
+def test_ambiguous_coco_files_are_refused(tmp_path, change, complaint):
     edit_both(tmp_path, change)
     assert complaint in refusal(lambda: data.Coco(tmp_path, "val", "inst", AS_IT_IS))
     assert complaint in refusal(lambda: read_both(tmp_path))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_annotation_files_begin_with_a_byte_order_mark_or_not(tmp_path, encoding):
+def test_annotation_files_may_start_with_a_byte_order_mark(tmp_path, encoding):
     edit_both(tmp_path, lambda c: None)
     for path in (tmp_path / "annotations").iterdir():
         path.write_text(path.read_text(), encoding=encoding)
@@ -2099,7 +2099,7 @@ def test_annotation_files_begin_with_a_byte_order_mark_or_not(tmp_path, encoding
     pytest.param("", "image 5, , is not in", id="empty"),
 ])
 @pytest.mark.parametrize("task", ["det", "pan"])
-def test_images_are_found_by_names_of_other_machines(tmp_path, name, complaint, task):
+def test_images_are_found_by_paths_of_other_machines(tmp_path, name, complaint, task):
     kind = "panoptic" if task == "pan" else "instances"
     write_panoptic(tmp_path) if task == "pan" else write_coco(tmp_path)
     (tmp_path / "train2017" / "more").mkdir()
@@ -2157,7 +2157,7 @@ def keep(prediction, label):
     return {name: value[prediction["labels"] == label] for name, value in prediction.items()}
 
 
-def test_classes_of_a_validation_file_are_the_models_by_name(tmp_path):
+def test_classes_of_a_validation_file_are_matched_by_name(tmp_path):
     write_export(tmp_path)
     read = lambda *classes: data.Coco(tmp_path, "val", "det", v2.Resize(20), classes=classes)
     assert "its category boat is none of the model's 2 classes" in refusal(lambda: read("kite", "dog"))
@@ -2197,7 +2197,7 @@ def read_maps(root):
     pytest.param((0, 1, 255), 255, 255, (0,), id="255-is-a-class-that-has-a-name"),
     pytest.param((0, 40, 255, 300), 300, 300, (0,), id="16-bit-maps"),
 ])
-def test_255_is_void_where_the_classes_do_not_reach_it(tmp_path, capsys, values, names, classes, void):
+def test_255_is_void_if_there_are_fewer_classes(tmp_path, capsys, values, names, classes, void):
     pixels = write_maps(tmp_path, *values, names=names)
     train_set, val_set = read_maps(tmp_path)
     seen = sorted(set(values) - {0, *void})
@@ -2214,7 +2214,7 @@ def test_255_is_void_where_the_classes_do_not_reach_it(tmp_path, capsys, values,
     assert printed.count(both) == (2 if {0, 255} <= {*void} else 0)
 
 
-def test_255_is_a_class_where_all_below_it_occur(tmp_path):
+def test_255_is_a_class_if_all_values_below_it_occur(tmp_path):
     write_ade(tmp_path, names=False)
     for path in (tmp_path / "annotations").rglob("*.png"):
         Image.fromarray((np.arange(40 * 60).reshape(40, 60) % 256).astype(np.uint8)).save(path)
@@ -2243,7 +2243,7 @@ def test_label_maps_in_colors_are_refused(tmp_path, names):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
-def test_label_maps_are_grey_in_any_mode(tmp_path, mode):
+def test_gray_label_maps_are_read_in_any_mode(tmp_path, mode):
     pixels = write_maps(tmp_path, 0, 1, 2)
     for path in (tmp_path / "annotations").rglob("*.png"):
         gray = Image.open(path)
@@ -2266,7 +2266,7 @@ def test_label_maps_are_grey_in_any_mode(tmp_path, mode):
     pytest.param("Idx\tName\n1\twall\n2\t\n", "the row of class 2 is not its number", id="no-name"),
     pytest.param("Idx\tName\n\n", "objectInfo150.txt: no classes in it", id="no-rows"),
 ])
-def test_tables_of_names_are_read_or_refused(tmp_path, table, complaint):
+def test_tables_of_class_names_are_read_or_refused(tmp_path, table, complaint):
     write_maps(tmp_path, 0, 1, 2)
     (tmp_path / "objectInfo150.txt").write_text(table, encoding="utf-8", newline="")
     if complaint:
@@ -2286,7 +2286,7 @@ def leave_hidden_files(folder):
         Image.new("RGB", (60, 40)).save(folder / name / "copy.png")
 
 
-def test_hidden_files_are_no_images_anywhere(tmp_path, folder):
+def test_hidden_files_are_never_taken_for_images(tmp_path, folder):
     for split in ("train", "val"):
         leave_hidden_files(folder / split)
         leave_hidden_files(folder / split / "cat")
@@ -2301,14 +2301,14 @@ def test_hidden_files_are_no_images_anywhere(tmp_path, folder):
     assert list(map(len, read_maps(tmp_path / "ade"))) == [2, 2]
 
 
-def test_two_images_of_one_label_map_are_refused(tmp_path):
+def test_two_images_with_one_label_map_are_refused(tmp_path):
     write_ade(tmp_path)
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "training" / "a.png")
     assert "a.jpg and a.png have the same label map" in refusal(lambda: read_maps(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])
-def test_held_out_images_lie_in_val_or_valid(folder, name):
+def test_validation_images_are_found_in_val_or_valid(folder, name):
     (folder / "val").rename(folder / name)
     assert len(evaluation.validation_set(folder, 32, "cls", ["cat", "dog"])) == 6
     (folder / "val").mkdir()
@@ -2325,7 +2325,7 @@ def turned_image(root, split):
     Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(root / f"{split}2017" / "a.png", "JPEG", exif=exif)
 
 
-def test_the_check_says_what_was_understood(tmp_path, capsys):
+def test_the_check_prints_a_summary_of_the_data(tmp_path, capsys):
     for name, write in (("coco", coco_folder), ("pan", panoptic_folder)):
         (tmp_path / name).mkdir()
         write(tmp_path / name)
@@ -2380,7 +2380,7 @@ def half_label_map(root):
     ("sem", lambda root: write_ade(root), small_label_map, "b.jpg: 60 x 40 pixels, its label map has 50 x 40"),
     ("sem", lambda root: write_ade(root), half_label_map, "b.png: cannot be read as an image"),
 ])
-def test_what_is_wrong_with_validation_files_ends_a_run_before_its_first_step(tmp_path, capsys, task, write, damage, complaint):
+def test_broken_validation_files_end_a_run_before_its_first_step(tmp_path, capsys, task, write, damage, complaint):
     (tmp_path / "files").mkdir()
     write(tmp_path / "files")
     damage(tmp_path / "files")
@@ -2411,7 +2411,7 @@ def check_a_part(rank):
         return dataset.classes, str(error)
 
 
-def test_all_processes_find_the_same_whoever_reads_the_file(tmp_path, monkeypatch):
+def test_all_processes_agree_whichever_of_them_reads_a_file(tmp_path, monkeypatch):
     for name in ("ade", "coco"):
         (tmp_path / name).mkdir()
     write_maps(tmp_path / "ade", 0, 1)
@@ -2463,7 +2463,7 @@ def pair(tmp_path_factory):
     return on_processes(all_parts, tmp_path_factory.mktemp("pair"))
 
 
-def test_two_processes_give_the_gradients_of_one_with_both_batches(pair):
+def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(pair):
     first, second = (parts["gradients_of_half"] for parts in pair)
     model = random_model()
     (keys,) = data.GlobalBatches(100, 8, 1, 0)
@@ -2553,7 +2553,7 @@ def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
     assert row["model"] == "nano inst" and row["eager training"]["images_per_second"] > 0 and row["memory"][0] < row["memory"][1]
 
 
-def test_top1_and_top5_are_what_they_say():
+def test_top1_and_top5_count_the_rank_of_the_label():
     class Fixed(torch.nn.Module):
         task = "cls"
 
@@ -2652,7 +2652,7 @@ def plain_metrics(truth, results, kind="bbox"):
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_the_truth_scores_one(task):
+def test_the_ground_truth_scores_1(task):
     metrics = dense_metrics(task)
     assert metrics.pop("images") == 6
     assert metrics[evaluation.METRIC[task]] == pytest.approx(1)
@@ -2662,7 +2662,7 @@ def test_the_truth_scores_one(task):
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_pixels_that_are_not_annotated_do_not_spoil_it(tmp_path, task):
+def test_unlabeled_pixels_do_not_lower_the_score(tmp_path, task):
     if task == "sem":
         write_ade(tmp_path)
         dataset = data.Ade(tmp_path, "val", v2.Resize(20))
@@ -2707,7 +2707,7 @@ def test_crowds_are_treated_as_coco_treats_them(tmp_path):
     assert ap(10) == (pytest.approx(1), pytest.approx(1)) and ap(50) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
-def test_boxes_that_are_off_have_the_average_precision_of_pycocotools():
+def test_shifted_boxes_have_the_average_precision_of_pycocotools():
     def shifted(dataset, task, index):
         prediction = truth_as_prediction(dataset, task, index, 0.5 + 0.01 * index)
         prediction["boxes"] += torch.tensor([index, 0, index, 0])
@@ -2736,7 +2736,7 @@ def test_no_predictions_score_zero(task):
     assert dense_metrics(task, nothing, length=3)[evaluation.METRIC[task]] == 0
 
 
-def test_where_there_is_nothing_to_find_there_is_no_figure(monkeypatch):
+def test_without_any_ground_truth_metrics_are_nan(monkeypatch):
     dataset = data.Shapes(2, 96, 0, "val", "det")
     model, image = Oracle(dataset, "det"), dataset.scene(0, 0)[0]
     model.predictions = {data.as_float(dataset[0, 0][0]).numpy().tobytes(): next(iter(model.predictions.values()))}
@@ -2746,7 +2746,7 @@ def test_where_there_is_nothing_to_find_there_is_no_figure(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["det", "inst"])
-def test_saved_predictions_have_the_same_figures(tmp_path, task):
+def test_saved_predictions_have_the_same_metrics(tmp_path, task):
     metrics = dense_metrics(task, half_right, save=str(tmp_path / "found.json"))
     truth = data.Shapes(6, 96, 0, "val", task).coco()
     assert 0.2 < metrics[evaluation.METRIC[task]] < 0.9
@@ -2759,7 +2759,7 @@ def test_saved_predictions_have_the_same_figures(tmp_path, task):
         np.testing.assert_array_equal([metrics[prefix + name] for name in evaluation.COCO_METRICS], expected)
 
 
-def test_saved_predictions_have_the_numbers_of_the_files(tmp_path):
+def test_saved_predictions_have_the_ids_of_the_annotation_file(tmp_path):
     write_coco(tmp_path, "val")
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "val2017" / "b.png")
     dataset = data.Coco(tmp_path, "val", "det", v2.Resize(20))
@@ -2788,7 +2788,7 @@ def test_saved_panoptic_maps_are_read_back_the_same(tmp_path):
     assert {number: segment["category_id"] for number, segment in segments.items()} == {70000: 40, 258: 1, 3: 1}
 
 
-def test_saved_label_maps_are_those_of_ade(tmp_path):
+def test_saved_label_maps_have_the_values_of_ade(tmp_path):
     write_ade(tmp_path)
     dataset = data.Ade(tmp_path, "val", v2.Resize(20))
     evaluation.evaluate(Oracle(dataset, "sem"), dataset, CPU, save=str(tmp_path / "found"))
@@ -2806,7 +2806,7 @@ def test_a_label_map_of_other_sides_is_refused_in_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_dense_images_are_judged_in_the_size_of_their_files_whatever_the_model_sees(tmp_path, task):
+def test_dense_predictions_are_evaluated_at_the_size_of_the_image_file(tmp_path, task):
     dict(sem=write_ade, pan=lambda root: write_panoptic(root, "val")).get(task, lambda root: write_coco(root, "val"))(tmp_path)
     dataset = evaluation.validation_set(tmp_path, 32, task)
     image, target = dataset[0, 0]
@@ -2902,14 +2902,14 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, capsys, task):
             assert sum(x["share"] for x in a["found"]) == pytest.approx(1)
 
 
-def test_without_images_held_out_ones_are_drawn(tmp_path, capsys):
+def test_without_paths_held_out_images_are_drawn(tmp_path, capsys):
     saved_checkpoint(tmp_path / "last.pt", "cls")
     call(evaluation, capsys, "--checkpoint", tmp_path / "last.pt", "--explain", "star", "disc", "--out", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir())[:2] == ["scene 0-explained.png", "scene 0.png"]
     assert len(list((tmp_path / "out").iterdir())) == 16
 
 
-def test_the_iterations_of_a_block_begin_with_the_cells_of_a_grid():
+def test_the_pictures_of_a_block_start_with_the_cells_of_a_grid():
     rows = evaluation.cluster_panels(random_model().eval(), torch.rand(3, 64, 64))
     assert [title for title, _ in rows[0]] == ["image", "stride 4: 64 clusters", "stride 8: 16 clusters", "stride 16: 4 clusters",
                                                "stride 32: 1 clusters"]
@@ -2927,7 +2927,7 @@ def test_the_iterations_of_a_block_begin_with_the_cells_of_a_grid():
         ("det", ["--images", "--per-class"], "pictures are drawn by one process"),
     ],
 )
-def test_one_line_says_why_there_are_no_pictures(tmp_path, capsys, task, arguments, complaint):
+def test_one_line_says_why_no_pictures_are_drawn(tmp_path, capsys, task, arguments, complaint):
     saved_checkpoint(tmp_path / "last.pt", task)
     with pytest.raises(SystemExit) as stop:
         call(evaluation, capsys, "--checkpoint", tmp_path / "last.pt", "--out", tmp_path / "out", *arguments)
@@ -2935,7 +2935,7 @@ def test_one_line_says_why_there_are_no_pictures(tmp_path, capsys, task, argumen
 
 
 @pytest.mark.parametrize("task", DENSE)
-def test_the_command_line_prints_figures_and_classes(tmp_path, capsys, monkeypatch, task):
+def test_the_command_line_prints_metrics_and_classes(tmp_path, capsys, monkeypatch, task):
     dataset = data.Shapes(500, 96, 0, "val", task)
     small = data.Shapes(5, 96, 0, "val", task)
     monkeypatch.setattr(evaluation, "validation_set", lambda data, size, *rest: small if size == 96 else None)
@@ -2952,7 +2952,7 @@ def test_the_command_line_prints_figures_and_classes(tmp_path, capsys, monkeypat
     assert np.nanmean([row[main] for row in metrics["per_class"]]) == pytest.approx(metrics[evaluation.METRIC[task]])
 
 
-def test_beside_figures_on_the_papers_data_stand_the_papers(capsys):
+def test_metrics_on_the_papers_data_are_printed_beside_the_papers(capsys):
     evaluation.print_metrics(dict(miou=0.5, pixel_accuracy=0.8, images=2000), "sem", compare=True)
     assert capsys.readouterr().out == "mIoU 0.500, pixel accuracy 0.800 of 2000 images (the paper's Small: 0.524)\n"
 
@@ -2998,7 +2998,7 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys, monkeypatch
     assert json.loads((tmp_path / "figures.json").read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
 
 
-def test_between_evaluations_the_log_has_the_loss_only_and_the_best_stays(tmp_path, capsys, short_epochs, monkeypatch):
+def test_between_evaluations_the_log_has_only_the_loss_and_best_pt_stays(tmp_path, capsys, short_epochs, monkeypatch):
     figures, out = iter([0.5, 0.75, 0.25]), tmp_path / "run"
     monkeypatch.setattr(train, "evaluate", lambda *_: dict(top1=next(figures), top5=1.0, images=1))
     printed = call(train, capsys, *QUICK, "--epochs", 5, "--evaluate-every", 2, "--out", out)
@@ -3008,14 +3008,14 @@ def test_between_evaluations_the_log_has_the_loss_only_and_the_best_stays(tmp_pa
     assert torch.load(out / "best.pt")["step"] == log[3]["step"] and json.loads((out / "metrics.json").read_text())["top1"] == 0.25
 
 
-def test_how_often_is_evaluated_is_a_matter_of_the_data(tmp_path, monkeypatch):
+def test_the_interval_between_evaluations_depends_on_the_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, epochs in [("", 1), ("--data D", 1), ("--task sem", 1), ("--task sem --data D", 5), ("--task pan --data D", 5)]:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
         assert train.parse_settings()["evaluate_every"] == epochs
 
 
-def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, monkeypatch, short_epochs):
+def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, capsys, monkeypatch, short_epochs):
     # Adam's first steps would magnify rounding, and hide a gradient of the wrong length, as clipping would.
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups, 0.0))
     arguments = [*QUICK, "--epochs", 1, "--lr", 0.1, "--clip", 0, "--mixup", 0.8]
@@ -3026,7 +3026,7 @@ def test_accumulating_gives_the_step_of_the_whole_batch(tmp_path, capsys, monkey
         torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
 
 
-def test_training_two_processes_under_torchrun(tmp_path, folder):
+def test_training_with_two_processes_under_torchrun(tmp_path, folder):
     slow()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command += ["--rdzv_endpoint=localhost:0", "train.py", "--data", folder, "--variant", "nano", "--image-size", 32]
@@ -3158,7 +3158,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_weights_of_an_uninterrupted_on
     assert_same_end(tmp_path / "whole", out)
 
 
-def test_asked_to_stop_all_processes_finish_the_step_and_one_goes_on(tmp_path):
+def test_on_a_signal_all_processes_finish_the_step_and_one_can_resume(tmp_path):
     slow()
     arguments = [*short_run("cls", tmp_path / "files"), "--epochs", 200]
     out = tmp_path / "run"
@@ -3177,7 +3177,7 @@ def test_asked_to_stop_all_processes_finish_the_step_and_one_goes_on(tmp_path):
     assert run.returncode == 130 and "Traceback" not in errors and f"resuming after step {step}" in printed
 
 
-def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short_epochs):
+def test_a_run_resumes_with_another_number_of_processes_and_says_so(tmp_path, capsys, short_epochs):
     out = tmp_path / "run"
     call(train, capsys, *QUICK, "--epochs", 1, "--out", out)
     torch.save(torch.load(out / "last.pt") | {"processes": 4}, out / "last.pt")
@@ -3185,7 +3185,7 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path, capsys, short
     assert "resuming after step 4\n4 processes before, 1 now: every step uses the same images" in printed
 
 
-def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path, capsys):
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, capsys):
     arguments, out = short_run("cls", tmp_path / "files"), tmp_path / "run"
     call(train, capsys, *arguments, "--epochs", 1, "--out", out)
     before = (out / "last.pt").read_bytes()
@@ -3249,7 +3249,7 @@ def test_all_processes_skip_the_step_in_which_one_has_no_finite_loss(pair):
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(weights, others))
 
 
-def test_without_a_finite_loss_the_run_stops_and_its_checkpoint_is_from_before(tmp_path, capsys, monkeypatch):
+def test_a_run_stops_after_many_losses_that_are_not_finite_and_its_checkpoint_predates_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "Shapes", lambda length, *rest: data.Shapes(2000, *rest))
     monkeypatch.setattr(train, "validation_set", lambda *_: data.Shapes(40, 32, 0, "val"))
     spoil(monkeypatch, range(3, 100))
@@ -3278,7 +3278,7 @@ class Deadly(data.Shapes):
         return super().__getitem__(key)
 
 
-def test_the_file_on_which_a_loader_process_died_is_named():
+def test_the_error_names_the_file_on_which_a_loader_process_died():
     whole = data.SkipBroken(Deadly(20, 32, 0, "train"), workers=2)
     loader = DataLoader(whole, 2, sampler=[(0, index) for index in range(20)], num_workers=2)
     with pytest.raises(data.InputError, match="^scene 7: a loader process died with it"):
@@ -3335,7 +3335,7 @@ def coco_folder(root):
     return root
 
 
-def test_own_objects_start_from_a_checkpoint_with_a_slow_backbone(tmp_path, capsys, monkeypatch, checkpoint):
+def test_fine_tuning_from_a_checkpoint_trains_the_backbone_slowly(tmp_path, capsys, monkeypatch, checkpoint):
     coco_folder(tmp_path)
     seen = {}
     monkeypatch.setattr(train, "parameter_groups", lambda *arguments: seen.update(rate=arguments[2]) or groups(*arguments))
@@ -3358,7 +3358,7 @@ def panoptic_folder(root):
 
 
 @pytest.mark.parametrize("task, write", [("det", coco_folder), ("pan", panoptic_folder), ("sem", write_ade)])
-def test_files_in_the_layouts_of_coco_and_ade_train_as_they_are(tmp_path, capsys, task, write):
+def test_training_reads_the_layouts_of_coco_and_ade(tmp_path, capsys, task, write):
     (tmp_path / "files").mkdir()
     write(tmp_path / "files")
     arguments = ["--task", task, "--data", tmp_path / "files", "--variant", "nano", "--image-size", 64, "--test-size", 40]
@@ -3469,7 +3469,7 @@ def test_training_and_evaluation_on_a_gpu(tmp_path, capsys, task, processes):
 
 @pytest.mark.parametrize("task", cf.TASKS)
 @needs_gpus(1)
-def test_predictions_on_a_gpu_are_those_of_the_cpu(task):
+def test_predictions_on_a_gpu_match_those_of_the_cpu(task):
     compare_predictions(task, torch.device("cuda"))
 
 
@@ -3517,7 +3517,7 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, rehearsed, task
     rehearsed.append([task, f"{first['seconds'] / 2:.1f}", f"{written[1] - written[0]:.1f}", f"{max(memory):.0f}"])
 
 
-def test_the_backbone_learns_slowly_and_vectors_do_not_decay():
+def test_the_backbone_has_a_lower_learning_rate_and_vectors_no_weight_decay():
     model = random_dense("det")
     rows = train.parameter_groups(model, 0.05, 0.1)
     assert sum(len(row["params"]) for row in rows) == len(list(model.parameters()))
@@ -3527,7 +3527,7 @@ def test_the_backbone_learns_slowly_and_vectors_do_not_decay():
         assert {id(p) in backbone for p in row["params"]} == {row["rate"] == 0.1}
 
 
-def test_schedules_fall_as_they_say():
+def test_learning_rates_warm_up_and_follow_their_schedules():
     rates = {name: [train.learning_rate(step, 110, 10, 1.0, name) for step in range(110)] for name in train.SCHEDULES}
     for rate in rates.values():
         np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10)
@@ -3601,7 +3601,7 @@ def test_one_line_says_what_is_wrong_with_a_flag(tmp_path, capsys, arguments, co
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_not_overwritten_unasked(tmp_path, capsys, checkpoint):
+def test_an_existing_run_is_not_overwritten(tmp_path, capsys, checkpoint):
     (tmp_path / "last.pt").write_bytes(checkpoint.read_bytes())
     with pytest.raises(SystemExit, match="--resume continues that run"):
         call(train, capsys, "--out", tmp_path)
@@ -3641,7 +3641,7 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, checkpo
         assert complaint in message and "\n" not in message and message.startswith("eval.py: error: "), message
 
 
-def test_an_error_has_no_traceback_and_an_exit_code(tmp_path):
+def test_an_error_has_an_exit_code_and_no_traceback(tmp_path):
     command = [sys.executable, "train.py", "--batch-size", "0", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "train.py: error: --batch-size must be at least 1, got 0\n"
@@ -3685,7 +3685,7 @@ def commands():
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_every_command_that_is_written_down_is_understood(tmp_path, monkeypatch, command):
+def test_every_documented_command_is_valid(tmp_path, monkeypatch, command):
     """Up to where data and checkpoints are read; the runs themselves are tested above, shortened."""
     monkeypatch.chdir(tmp_path)
     words = list(command[1:])
