@@ -1010,7 +1010,7 @@ def test_each_head_overfits_one_batch(monkeypatch, task):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The module in other hands
+# The module in other projects: a copy of the file, a new task, a new variant
 # ---------------------------------------------------------------------------------------------------------------
 def test_label_smoothing_is_an_argument_of_the_model():
     model, images, labels = random_model(label_smoothing=0.2), torch.rand(3, 3, 64, 64), torch.tensor([1, 7, 7])
@@ -1022,12 +1022,12 @@ def test_label_smoothing_is_an_argument_of_the_model():
 
 
 def test_the_module_copied_alone_learns_boxes_and_masks(tmp_path):
-    """As in the README: the file alone in a folder, and nothing else of this project."""
+    """The loop in the README, with this one file in the folder, and nothing else of the project."""
     shutil.copy(cf.__file__, tmp_path)
     example = next(block for block in readme("python") if "model.loss" in block)
     assert len(example.splitlines()) <= 12
-    loop = "".join(line + "\n" for line in example.splitlines())
     script = f"""
+import sys
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -1041,17 +1041,18 @@ batches = [([image, image.flip(-1)[:, :, 4:]], [dict(labels=torch.tensor([0, 1])
             dict(labels=torch.tensor([]).long(), boxes=boxes[:0], masks=masks[:0, :, 4:])])] * 12
 for task in ("det", "inst"):
     history = []
-    exec({loop!r}.replace('"inst"', "task").replace('"tiny"', '"nano"'), globals())
+    exec({example!r}.replace('"inst"', "task").replace('"tiny"', '"nano"'), globals())
     assert sum(history[-3:]) < 0.6 * sum(history[:3]), (task, history)
     (first, _) = model.predict(batches[0][0])
     assert first.keys() - {{"masks"}} == {{"scores", "labels", "boxes"}} and ("masks" in first) == (task == "inst")
+assert not {{"train", "eval", "data"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 class DepthHead(torch.nn.Module):
-    """A task that the module does not have: the depth of every token of the finest map."""
+    """A task that the module does not have: the depth of each token of the finest map."""
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
         super().__init__()
@@ -1080,22 +1081,24 @@ def test_a_new_task_is_one_class_and_one_entry(monkeypatch):
 
 
 def test_a_new_variant_is_one_entry(tmp_path, monkeypatch):
-    monkeypatch.setitem(cf.VARIANTS, "base", cf.VARIANTS["small"] | dict(channels=(128, 256, 512, 1024)))
+    base = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 128), dim=64, levels=(2, 1), drop_path=0.4)
+    monkeypatch.setitem(cf.VARIANTS, "base", base)
     arguments = ["train.py", "--variant", "base", "--data", str(tmp_path), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
-    assert train.parse_settings()["drop_path"] == 0.3
+    assert train.parse_settings()["drop_path"] == 0.4
+    model = cf.ClusterFormer("det", "base", 3)
+    assert model.backbone.channels == (16, 32, 64, 128) and len(model(torch.rand(1, 3, 64, 64))["aux"]) == 2
     monkeypatch.setattr(sys, "argv", [".github/benchmark.py", "--variant", "base"])
-    monkeypatch.setattr(benchmark, "benchmark", lambda variant, *_: sys.exit(f"measures {variant}"))
-    with pytest.raises(SystemExit, match="measures base"):
+    monkeypatch.setattr(benchmark, "benchmark", lambda variant, *_: sys.exit(f"measures {benchmark.peers(variant)}"))
+    with pytest.raises(SystemExit, match="swin_t"):
         benchmark.main()
-    assert benchmark.peers("base") == ("swin_t", "convnext_tiny")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a GPU would refuse, or wait for
+# What would fail on a GPU, or wait for it
 # ---------------------------------------------------------------------------------------------------------------
 def one_task(task, sizes, targets):
-    """A model, images of these sizes, and what is in them: nothing, or three objects and one in turn."""
+    """A model, images of these sizes, and their targets: none, or three and one in turn."""
     model = random_model() if task == "cls" else random_dense(task)
     images = [torch.rand(3, *size) for size in sizes]
     if task == "cls":
@@ -1108,22 +1111,22 @@ def one_task(task, sizes, targets):
 
 
 class InMemory:
-    """What evaluation asks of a data set, of scenes drawn before."""
+    """The part of a data set that evaluation needs, computed in advance."""
 
     def __init__(self, task, size):
         shapes = data.Shapes(2, size, 0, "val", task)
         self.classes, self.things, self.categories = shapes.classes[:5], shapes.things[:5], shapes.categories
         self.maps = [shapes.label_map(i).clamp(max=4) for i in range(2)]
         self.label_map = lambda index: self.maps[index]
-        self.tables = [(labels + 1, [dict(id=i + 1, category_id=i + 1, iscrowd=0) for i in range(5)]) for labels in self.maps]
-        self.segments = lambda index: self.tables[index]
+        segments = [dict(id=i + 1, category_id=i + 1, iscrowd=0) for i in range(5)]
+        self.segments = lambda index: (self.maps[index] + 1, segments)
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
 @pytest.mark.parametrize("targets", [True, False])
-@pytest.mark.parametrize("second", [(64, 64), (96, 128), (61, 62)])  # equal, unequal, unequal in pixels but not in tokens
+@pytest.mark.parametrize("second", [(64, 64), (96, 128), (61, 62)])  # equal; unequal; equal in tokens only
 def test_every_tensor_is_created_on_the_device_of_the_images(task, second, targets):
-    """Whatever is made without a device is made on "meta" here, and its first use beside the images raises an error."""
+    """A tensor created without a device is on "meta" here, and using it together with the images is an error."""
     model, images, found = one_task(task, ((64, 64), second), targets)
     truth = InMemory(task, 64)
     with torch.device("meta"):
@@ -1142,13 +1145,13 @@ def test_every_tensor_is_created_on_the_device_of_the_images(task, second, targe
 @pytest.mark.parametrize("task", cf.TASKS)
 @pytest.mark.parametrize("training", [True, False])
 def test_all_dtypes_agree_under_autocast_for_cuda(task, training):
-    """Tensors that only say that they are on a GPU: nothing is computed, but a product of two dtypes is refused all the same."""
+    """Fake tensors on a fake GPU: nothing is computed, but a product of two dtypes is still an error."""
     model, images, _ = one_task(task, ((64, 64), (64, 64)), False)
     dtypes = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with FakeTensorMode():
         fake = lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda", requires_grad=x.requires_grad)
         weights = {name: fake(x) for name, x in itertools.chain(model.named_parameters(), model.named_buffers())}
-        torch.set_autocast_enabled("cuda", True)  # torch.autocast("cuda") would turn itself off where there is no GPU
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast("cuda") is off without a GPU
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
             output = torch.func.functional_call(model.train(training), weights, torch.rand(2, 3, 64, 64, device="cuda"))
@@ -1157,13 +1160,12 @@ def test_all_dtypes_agree_under_autocast_for_cuda(task, training):
             torch.set_autocast_dtype("cuda", dtypes[1])
     for prediction in [output, *output.get("aux", [])]:
         assert all(value.device.type == "cuda" for key, value in prediction.items() if key != "aux")
-        assert prediction["logits"].dtype == torch.float32 and prediction.get("boxes", prediction["logits"]).dtype == torch.float32
-        assert "masks" not in prediction or prediction["masks"].dtype == torch.bfloat16  # so that autocast was really on
+        assert {prediction[key].dtype for key in prediction.keys() & {"logits", "boxes"}} == {torch.float32}
+        assert "masks" not in prediction or prediction["masks"].dtype == torch.bfloat16  # so autocast was on
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: copies to the host, numbers that Python asks for, sizes that depend on
-    values, and numbers of Python that become tensors beside others."""
+    """Counts what makes the host wait for a GPU: copies to it, reads of values, shapes that depend on values."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -1189,13 +1191,13 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_losses_of_inst_wait_for_a_gpu_once(count, monkeypatch):
-    """For the costs of matching, whatever the number of images; a training step waits once more, for its losses in the log."""
+    """For the matching costs, for any number of images; a training step also waits for the losses of the log."""
     model, images, found = one_task("inst", ((64, 64), (96, 80), (64, 96), (70, 64))[:count], True)
     waits = Waits(monkeypatch)
     with waits:
         losses = model.loss(model.train()(images), found)
         sum(losses.values()).backward()
-    layouts = 5  # of four maps and the centers' grid, whose sizes are the host's own: to list them is no wait
+    layouts = 5  # of four maps and the grid; their sizes are on the host, so no wait
     assert waits.count == {"cpu": 1, "tolist": layouts}
 
 
@@ -1232,7 +1234,8 @@ def test_color_and_brightness_do_not_reveal_the_class():
     shapes = data.Shapes(3000, 64, seed=0, split="train")
     images, labels = zip(*[shapes[0, i] for i in range(3000)])
     images = data.as_float(list(images))
-    features = torch.stack([torch.cat([x[:, 16:48, 16:48].mean((1, 2)), x.mean((1, 2)), x.std((1, 2))]) for x in images])
+    middles = [x[:, 16:48, 16:48].mean((1, 2)) for x in images]
+    features = torch.stack([torch.cat([middle, x.mean((1, 2)), x.std((1, 2))]) for middle, x in zip(middles, images)])
     features = torch.cat([features, torch.ones(3000, 1)], 1)
     labels = torch.tensor(labels)
     fit = torch.linalg.lstsq(features[:2000], F.one_hot(labels[:2000], len(data.THINGS)).float()).solution
@@ -1242,9 +1245,8 @@ def test_color_and_brightness_do_not_reveal_the_class():
 
 def test_a_global_batch_is_the_same_however_it_is_split():
     def batches(world_size, accumulate, **arguments):
-        parts = [
-            list(data.GlobalBatches(50, 12, 9, 5, rank, world_size, accumulate, **arguments)) for rank in range(world_size)
-        ]
+        split = world_size, accumulate
+        parts = [list(data.GlobalBatches(50, 12, 9, 5, rank, *split, **arguments)) for rank in range(world_size)]
         assert all(len(part) == len(parts[0]) for part in parts)
         steps = len(parts[0]) // accumulate
         return [sum((key for p in parts for key in p[s * accumulate : (s + 1) * accumulate]), []) for s in range(steps)]
@@ -1253,7 +1255,7 @@ def test_a_global_batch_is_the_same_however_it_is_split():
     assert len(whole) == 9 and whole == batches(2, 1) == batches(3, 2) == batches(1, 4)
     for epoch in range(2):
         seen = sum(whole[4 * epoch : 4 * epoch + 4], [])
-        assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48  # nothing twice
+        assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48  # no duplicates
     assert batches(2, 1, first_step=5) == whole[5:]
 
 
@@ -1271,8 +1273,8 @@ def test_mixup_and_cutmix_are_the_same_however_the_global_batch_is_split():
 
     for step in range(6):
         images, targets = mixed(1, 1, step)
-        for divided in [(2, 1), (3, 2), (1, 6)]:
-            other, other_targets = mixed(*divided, step)
+        for split in [(2, 1), (3, 2), (1, 6)]:
+            other, other_targets = mixed(*split, step)
             assert torch.equal(images, other) and torch.equal(targets, other_targets)
         torch.testing.assert_close(targets.sum(1), torch.ones(12))
     assert not torch.equal(mixed(1, 1, 0)[1].sort().values, mixed(1, 1, 4)[1].sort().values)
@@ -1300,8 +1302,8 @@ def test_augmentation_depends_on_seed_epoch_and_index_only_for_any_number_of_wor
     torch.manual_seed(0)
     alone = [x for x, _ in DataLoader(images, batch_sampler=keys)]
     torch.manual_seed(99)
-    shared = [x for x, _ in DataLoader(images, batch_sampler=keys, num_workers=2)]
-    assert all(torch.equal(a, b) for a, b in zip(alone, shared)) and not torch.equal(*alone)
+    workers = [x for x, _ in DataLoader(images, batch_sampler=keys, num_workers=2)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, workers)) and not torch.equal(*alone)
     torch.manual_seed(0)
     images[0, 0]
     undisturbed = torch.rand(3)
@@ -1317,13 +1319,14 @@ def test_randaugment_applies_each_of_two_operations_to_half_of_the_images():
             expected = plain(image)
         with data.seeded(seed):
             same += torch.equal(augmented(image), expected)
-    assert 0.2 < same / 300 < 0.45  # neither is drawn for a quarter, and one of the 14 operations is to do nothing
+    assert 0.2 < same / 300 < 0.45  # a quarter gets neither; 1 of 14 operations is the identity
 
 
 def test_erased_rectangles_have_the_mean_color():
     with data.seeded(0):
         image = data.train_transform(32, 0, 1.0)(Image.new("RGB", (40, 40), "white"))
-    assert image.dtype == torch.uint8 and image.flatten(1).unique(dim=1).T.tolist() == [[124, 116, 104], [255, 255, 255]]
+    assert image.dtype == torch.uint8
+    assert image.flatten(1).unique(dim=1).T.tolist() == [[124, 116, 104], [255, 255, 255]]
 
 
 def test_images_of_every_kind_are_read_correctly(tmp_path):
@@ -1337,20 +1340,20 @@ def test_images_of_every_kind_are_read_correctly(tmp_path):
     upright.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
     upright.convert("RGBA").save(tmp_path / "alpha.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows of the file are columns of the picture
+    exif[0x0112] = 6  # rotated: rows of the file are columns of the picture
     upright.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     for name in ("palette.png", "cmyk.jpg", "alpha.png", "turned.jpg"):
         read = data.load_image(tmp_path / name)
         assert read.mode == "RGB" and read.size == (60, 40)
         assert np.abs(np.asarray(read).astype(int) - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, name
-    assert np.abs(np.asarray(data.load_image(tmp_path / "gray.png"))[..., 0] - np.asarray(upright.convert("L"))).max() == 0
+    assert np.array_equal(np.asarray(data.load_image(tmp_path / "gray.png"))[..., 0], np.asarray(upright.convert("L")))
     assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - gray / 257).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Dense data: shapes with all labels, COCO's layout, ADE20K's layout
+# Data of the dense tasks: shapes, COCO's layout, ADE20K's layout
 # ---------------------------------------------------------------------------------------------------------------
-AS_IT_IS = v2.RandomHorizontalFlip(p=0.0)
+UNCHANGED = v2.RandomHorizontalFlip(p=0.0)
 
 
 def rectangle(top, left, bottom, right, size=(40, 60)):
@@ -1360,7 +1363,7 @@ def rectangle(top, left, bottom, right, size=(40, 60)):
 
 
 def runs(mask):
-    """COCO's run lengths of a mask, column by column, zeros first."""
+    """COCO's uncompressed run lengths of a mask: column by column, zeros first."""
     flat, lengths, value = mask.T.ravel(), [], False
     while len(flat):
         change = np.flatnonzero(flat != value)
@@ -1370,7 +1373,7 @@ def runs(mask):
 
 
 def write_coco(root, split="train"):
-    """Two images of 60 x 40 and categories 7 and 90: a polygon, an RLE, a crowd, a box over the border, one of no area."""
+    """Two images of 60 x 40, categories 7 and 90: a polygon, an RLE, a crowd, a box across the border, one without area."""
     (root / f"{split}2017").mkdir()
     (root / "annotations").mkdir(exist_ok=True)
     for name in ("a", "b"):
@@ -1393,24 +1396,24 @@ def write_coco(root, split="train"):
 
 def test_coco_annotations_of_every_form_are_read_correctly(tmp_path):
     write_coco(tmp_path)
-    coco = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)
+    coco = data.Coco(tmp_path, "train", "inst", UNCHANGED, crop=1000)
     assert coco.classes == ["boat", "kite"] and coco.categories == [7, 90] and len(coco) == 2
-    assert coco.dropped == 1  # the one of no area; the crowd is no training target either
-    image, target = coco[0, 1]  # images in the order of their numbers
+    assert coco.dropped == 1  # the one without area; the crowd is no training target, either
+    image, target = coco[0, 1]  # images are sorted by id
     assert image.shape == (3, 40, 60) and image.dtype == torch.uint8 and (image == 100).all()
     expected = [rectangle(5, 10, 15, 30), rectangle(20, 40, 35, 50), rectangle(0, 50, 10, 60)]
     assert target["labels"].tolist() == [1, 0, 0] and np.array_equal(target["masks"].numpy(), expected)
     boxes = torch.tensor([[20, 10, 20, 10], [45, 27.5, 10, 15], [55, 5, 10, 10]]) / torch.tensor([60, 40, 60, 40])
     torch.testing.assert_close(target["boxes"], boxes)
-    torch.testing.assert_close(data.Coco(tmp_path, "train", "det", AS_IT_IS, crop=1000)[0, 1][1]["boxes"], boxes)
-    _, nothing = coco[0, 0]  # an image without objects is one to learn from
+    torch.testing.assert_close(data.Coco(tmp_path, "train", "det", UNCHANGED, crop=1000)[0, 1][1]["boxes"], boxes)
+    _, nothing = coco[0, 0]  # an image without objects is trained on, too
     assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 40, 60)
-    assert len(coco.coco().anns) == 4  # with the crowd; what has no area nobody can find
+    assert len(coco.coco().anns) == 4  # with the crowd, without the object without area
 
 
 def test_a_flipped_image_has_flipped_boxes_and_masks(tmp_path):
     write_coco(tmp_path)
-    straight = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1][1]
+    straight = data.Coco(tmp_path, "train", "inst", UNCHANGED, crop=1000)[0, 1][1]
     for task in ("det", "inst"):
         flipped = data.Coco(tmp_path, "train", task, v2.RandomHorizontalFlip(p=1.0), crop=1000)[0, 1][1]
         mirrored = straight["boxes"] * torch.tensor([-1, 1, 1, 1]) + torch.tensor([1, 0, 0, 0])
@@ -1440,7 +1443,7 @@ def test_a_crop_keeps_visible_objects_and_depends_on_seed_epoch_and_index_only(t
 
 
 def write_panoptic(root, split="train"):
-    """One image of 60 x 40: sky (stuff), two boats, a crowd of boats, the rest void."""
+    """One image of 60 x 40: sky (stuff), two boats, a crowd of boats, the rest is void."""
     (root / f"{split}2017").mkdir(exist_ok=True)
     maps = root / "annotations" / f"panoptic_{split}2017"
     maps.mkdir(parents=True)
@@ -1461,7 +1464,7 @@ def write_panoptic(root, split="train"):
 
 def test_panoptic_maps_are_read_correctly(tmp_path):
     ids = write_panoptic(tmp_path)
-    coco = data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)
+    coco = data.Coco(tmp_path, "train", "pan", UNCHANGED, crop=1000)
     assert coco.classes == ["boat", "sky"] and coco.things == [True, False]
     assert np.array_equal(coco.segments(0)[0], ids)
     target = coco[0, 0][1]
@@ -1475,17 +1478,18 @@ def write_ade(root, names=True):
         (root / "images" / split).mkdir(parents=True)
         (root / "annotations" / split).mkdir(parents=True)
         for name in ("a", "b"):
-            Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / "images" / split / f"{name}.jpg")
-            Image.fromarray(rng.integers(0, 4, (40, 60), dtype=np.uint8)).save(root / "annotations" / split / f"{name}.png")
+            image, labels = rng.integers(0, 256, (40, 60, 3), np.uint8), rng.integers(0, 4, (40, 60), np.uint8)
+            Image.fromarray(image).save(root / "images" / split / f"{name}.jpg")
+            Image.fromarray(labels).save(root / "annotations" / split / f"{name}.png")
     if names:
-        lines = ["Idx\tRatio\tTrain\tVal\tName", *(f"{i}\t0.1\t1\t1\t{name}" for i, name in enumerate(("wall, x", "sky", "tree"), 1))]
-        (root / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
+        rows = [f"{i}\t0.1\t1\t1\t{name}\n" for i, name in enumerate(("wall, x", "sky", "tree"), 1)]
+        (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + "".join(rows))
 
 
 @pytest.mark.parametrize("names", [True, False])
 def test_label_maps_are_read_correctly(tmp_path, names):
     write_ade(tmp_path, names)
-    ade = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
+    ade = data.Ade(tmp_path, "train", UNCHANGED, crop=1000)
     assert ade.classes == (["wall", "sky", "tree"] if names else ["1", "2", "3"]) and len(ade) == 2
     labels = np.asarray(Image.open(tmp_path / "annotations" / "training" / "b.png"))
     assert np.array_equal(ade.label_map(1), labels.astype(int) - 1)
@@ -1498,7 +1502,7 @@ def test_label_maps_are_read_correctly(tmp_path, names):
 
 
 def flood(seen, start):
-    """Cells of a grid, a set of (row, column), that can be reached from one of them, diagonal steps included."""
+    """The cells, of a set of (row, column), that are connected with one of them, also diagonally."""
     reached, edge = {start}, [start]
     while edge:
         row, column = edge.pop()
@@ -1513,8 +1517,8 @@ def test_regions_of_a_class_match_a_flood_fill_and_small_ones_join_the_largest()
     for size in [(64, 64), (50, 71)]:
         blobs = rng.standard_normal((3, *size))
         for _ in range(3):
-            blobs = (blobs + np.roll(blobs, 1, 1) + np.roll(blobs, 1, 2) + np.roll(blobs, -1, 1) + np.roll(blobs, -1, 2)) / 5
-        owner = np.concatenate([blobs, np.full((1, *size), 0.3)]).argmax(0)  # 3: of no class
+            blobs = blobs / 5 + sum(np.roll(blobs, shift, axis) / 5 for axis in (1, 2) for shift in (1, -1))
+        owner = np.concatenate([blobs, np.full((1, *size), 0.3)]).argmax(0)  # 3: void
         masks = torch.from_numpy(owner == np.arange(3)[:, None, None])
         labels = torch.tensor([4, 0, 2])
         got = data.by_regions(data.target_of(labels, None, masks, size))
@@ -1529,7 +1533,8 @@ def test_regions_of_a_class_match_a_flood_fill_and_small_ones_join_the_largest()
             small = [part for part in parts[:-1] if len(part) < mask.size / 400]
             expected += [(label, frozenset(part)) for part in parts[len(small) : -1]]
             expected.append((label, frozenset(itertools.chain(parts[-1], *small))))
-        found = [(label, frozenset(map(tuple, np.argwhere(mask)))) for label, mask in zip(got["labels"].tolist(), got["masks"].numpy())]
+        regions = [frozenset(map(tuple, np.argwhere(mask))) for mask in got["masks"].numpy()]
+        found = list(zip(got["labels"].tolist(), regions))
         assert len(found) == len(expected) > 5 and set(found) == set(expected)
     nothing = data.target_of(labels[:0], None, masks[:0], size)
     assert data.by_regions(nothing) is nothing
@@ -1551,7 +1556,7 @@ def cut_json(root):
 
 
 def refusal(read):
-    """What a data set says before it refuses, one line."""
+    """The one-line message with which data are refused."""
     with pytest.raises(data.InputError) as error:
         read()
     assert "\n" not in str(error.value)
@@ -1576,7 +1581,7 @@ def refusal(read):
 def test_one_line_says_what_is_wrong_with_coco_files(tmp_path, damage, complaint):
     write_coco(tmp_path)
     damage(tmp_path)
-    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1])
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "inst", UNCHANGED, crop=1000)[0, 1])
 
 
 def wrong_map(root):
@@ -1595,7 +1600,7 @@ def wrong_map(root):
 def test_one_line_says_what_is_wrong_with_panoptic_files(tmp_path, damage, complaint):
     write_panoptic(tmp_path)
     damage(tmp_path)
-    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)[0, 0])
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "pan", UNCHANGED, crop=1000)[0, 0])
 
 
 @pytest.mark.parametrize(
@@ -1610,7 +1615,7 @@ def test_one_line_says_what_is_wrong_with_panoptic_files(tmp_path, damage, compl
 def test_one_line_says_what_is_wrong_with_ade_files(tmp_path, damage, complaint):
     write_ade(tmp_path)
     damage(tmp_path)
-    assert complaint in refusal(lambda: data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)[0, 1])
+    assert complaint in refusal(lambda: data.Ade(tmp_path, "train", UNCHANGED, crop=1000)[0, 1])
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 480), (20, 700), (3000, 1), (7, 5)])
@@ -1630,13 +1635,13 @@ def test_any_image_is_rescaled_to_a_valid_size_in_its_aspect_ratio(size):
             assert 32 <= min(image_.shape[-2:]) and max(image_.shape[-2:]) <= crop
             assert target["masks"].all() and target["masks"].dtype == torch.bool and target["labels"].tolist() == [3]
             torch.testing.assert_close(target["boxes"], torch.tensor([[0.5, 0.5, 1, 1]]))
-        assert len(shapes) > 1 or task == "sem"  # of which the least short side is half of the crop
+        assert len(shapes) > 1 or task == "sem"  # whose short side is never less than half of the crop
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (20_000, 30), (30, 20_000)])
 def test_images_of_any_shape_are_classified(tmp_path, size):
     for split in ("train", "val"):
-        (tmp_path / split / "cat" / "folder.jpg").mkdir(parents=True)  # is none of its images
+        (tmp_path / split / "cat" / "folder.jpg").mkdir(parents=True)  # a folder, not an image
         Image.new("RGB", size, (255, 0, 0)).save(tmp_path / split / "cat" / "a.jpg")
     for split, transform in (("train", data.train_transform(32, 9, 0.0)), ("val", data.eval_transform(32))):
         images = data.Folder(tmp_path, split, transform)
@@ -1650,25 +1655,27 @@ def test_jitter_samples_scales_uniformly_and_keeps_boxes_on_their_masks():
     jitter, factors = data.dense_train_transform("det", 600), []
     for index in range(200):
         with data.seeded(index):
-            image_, target = data.training_sample(image, [0], data.box_tensor([[30, 20, 120, 70]], (100, 150)), None, jitter, 2000)
+            boxes = data.box_tensor([[30, 20, 120, 70]], (100, 150))
+            image_, target = data.training_sample(image, [0], boxes, None, jitter, 2000)
         factors.append(max(image_.shape) / 600)
         x, y, w, h = (target["boxes"][0] * torch.tensor([*image_.shape[:0:-1]] * 2)).tolist()
         bright = (image_[0] > 127).nonzero()
         (top, left), (bottom, right) = bright.min(0).values.tolist(), (bright.max(0).values + 1).tolist()
-        np.testing.assert_allclose([x - w / 2, y - h / 2, x + w / 2, y + h / 2], [left, top, right, bottom], atol=0.6)
+        corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+        np.testing.assert_allclose(corners, [left, top, right, bottom], atol=0.6)
     assert min(factors) < 0.15 and max(factors) > 1.95 and abs(np.mean(factors) - 1.05) < 0.1
 
 
 def test_augmentation_of_label_maps_changes_colors_and_keeps_labels(tmp_path):
     write_ade(tmp_path)
-    plain = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
+    plain = data.Ade(tmp_path, "train", UNCHANGED, crop=1000)
     colored = data.Ade(tmp_path, "train", data.dense_train_transform("sem", 64), crop=1000, seed=1)
-    shares = torch.stack([mask.float().mean() for mask in plain[0, 0][1]["masks"]])
+    areas = plain[0, 0][1]["masks"].float().mean((1, 2))
     for epoch in range(5):
         image, target = colored[epoch, 0]
         assert 32 <= min(image.shape[-2:]) <= 128 and abs(max(image.shape) / min(image.shape[-2:]) - 1.5) < 0.1
         assert target["labels"].tolist() == [0, 1, 2] and (target["masks"].sum(0) <= 1).all()
-        torch.testing.assert_close(target["masks"].float().mean((1, 2)), shares, atol=0.05, rtol=0)
+        torch.testing.assert_close(target["masks"].float().mean((1, 2)), areas, atol=0.05, rtol=0)
         assert torch.equal(image, colored[epoch, 0][0]) and not torch.equal(image, colored[epoch + 1, 0][0])
 
 
@@ -1684,7 +1691,8 @@ def test_augmenting_a_label_map_equals_augmenting_its_masks_one_by_one(count):
             targets = []
             for masks in (once, each):
                 with data.seeded(index):
-                    targets.append(data.training_sample(image, labels, None, masks, data.dense_train_transform(task, 64), 64)[1])
+                    transform = data.dense_train_transform(task, 64)
+                    targets.append(data.training_sample(image, labels, None, masks, transform, 64)[1])
             assert all(torch.equal(targets[0][name], targets[1][name]) for name in ("labels", "boxes", "masks"))
 
 
@@ -1713,7 +1721,7 @@ def test_an_image_too_large_for_memory_counts_as_unreadable(tmp_path, monkeypatc
 def test_training_skips_a_broken_image_and_reports_it_once(folder, capfd, workers):
     cut_in_half(folder / "train" / "cat" / "3.png")
     (folder / "train" / "cat" / "4.png").write_text("this is no image")
-    (folder / "train" / "dog" / "7.png").write_bytes(b"")  # the last of all: the first one is next
+    (folder / "train" / "dog" / "7.png").write_bytes(b"")  # the last index: the first one comes next
     images = data.Folder(folder, "train", data.train_transform(32, 0, 0))
     whole = data.SkipBroken(images, workers)
     keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
@@ -1721,10 +1729,10 @@ def test_training_skips_a_broken_image_and_reports_it_once(folder, capfd, worker
     for epoch, (pixels, labels) in enumerate(batches):
         for index, instead in ((2, 2), (3, 5), (4, 5), (15, 0)):
             assert torch.equal(pixels[index], images[epoch, instead][0]) and labels[index] == images[epoch, instead][1]
-    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
-    assert [any(name in line for line in told) for name in ("cat/3.png", "cat/4.png", "dog/7.png")] == [True] * 3
-    assert len(set(told)) == 3 and whole.broken.nonzero().flatten().tolist() == [3, 4, 15]
-    assert workers or len(told) == 3
+    reported = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert [any(name in line for line in reported) for name in ("cat/3.png", "cat/4.png", "dog/7.png")] == [True] * 3
+    assert len(set(reported)) == 3 and whole.broken.nonzero().flatten().tolist() == [3, 4, 15]
+    assert workers or len(reported) == 3
 
 
 def break_panoptic(root):
@@ -1742,15 +1750,15 @@ def test_dense_training_skips_a_broken_image_too(tmp_path, capfd, task):
     if task == "sem":
         write_ade(tmp_path)
         cut_in_half(tmp_path / "annotations" / "training" / "a.png")
-        dataset = data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)
+        dataset = data.Ade(tmp_path, "train", UNCHANGED, crop=1000)
     elif task == "pan":
         write_panoptic(tmp_path)
         edit_json(second_panoptic_image_without_sky, "panoptic")(tmp_path)
-        dataset = data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)
+        dataset = data.Coco(tmp_path, "train", "pan", UNCHANGED, crop=1000)
     else:
         write_coco(tmp_path)
         Image.new("RGB", (61, 40)).save(tmp_path / "train2017" / "b.png")
-        dataset = data.Coco(tmp_path, "train", task, AS_IT_IS, crop=1000)
+        dataset = data.Coco(tmp_path, "train", task, UNCHANGED, crop=1000)
     whole = data.SkipBroken(dataset)
     assert torch.equal(whole[0, 0][0], whole[0, 1][0]) and whole.broken.tolist() == [True, False]
     assert capfd.readouterr().err.count("skipped: ") == 1
@@ -1793,7 +1801,7 @@ def test_many_broken_images_are_an_error(folder):
 def test_one_line_says_which_entry_of_a_coco_file_is_wrong(tmp_path, damage, complaint):
     write_coco(tmp_path)
     damage(tmp_path)
-    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)[0, 1])
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "inst", UNCHANGED, crop=1000)[0, 1])
 
 
 def test_objects_without_area_are_ignored_and_counted(tmp_path):
@@ -1801,9 +1809,9 @@ def test_objects_without_area_are_ignored_and_counted(tmp_path):
     nothing = [[60, 0, 5, 5], [-9, 0, 9, 5], [math.nan, 0, 5, 5], [9, 9, -5, 5], [9, 9, 5, 0]]
     edit_json(lambda c: c["annotations"].extend(c["annotations"][0] | dict(id=9, bbox=bbox) for bbox in nothing))(tmp_path)
     edit_json(lambda c: c["annotations"].append(c["annotations"][0] | dict(id=9, segmentation=[[10, 5, 30, 5]])))(tmp_path)
-    assert data.Coco(tmp_path, "train", "det", AS_IT_IS, crop=1000).dropped == 6
-    coco = data.Coco(tmp_path, "train", "inst", AS_IT_IS, crop=1000)
-    assert coco.dropped == 7 and len(coco[0, 1][1]["labels"]) == 3  # a line has no area, either
+    assert data.Coco(tmp_path, "train", "det", UNCHANGED, crop=1000).dropped == 6
+    coco = data.Coco(tmp_path, "train", "inst", UNCHANGED, crop=1000)
+    assert coco.dropped == 7 and len(coco[0, 1][1]["labels"]) == 3  # a polygon with two points has no area
 
 
 @pytest.mark.parametrize(
@@ -1819,12 +1827,12 @@ def test_objects_without_area_are_ignored_and_counted(tmp_path):
 def test_one_line_says_which_entry_of_a_panoptic_file_is_wrong(tmp_path, damage, complaint):
     write_panoptic(tmp_path)
     damage(tmp_path)
-    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000)[0, 0])
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "train", "pan", UNCHANGED, crop=1000)[0, 0])
 
 
 def test_panoptic_training_on_instances_alone_is_refused(tmp_path):
     write_coco(tmp_path)
-    complaint = refusal(lambda: data.Coco(tmp_path, "train", "pan", AS_IT_IS, crop=1000))
+    complaint = refusal(lambda: data.Coco(tmp_path, "train", "pan", UNCHANGED, crop=1000))
     assert "panoptic_train2017.json: not there, only" in complaint and "which --task det and --task inst read" in complaint
 
 
@@ -1840,7 +1848,7 @@ def test_panoptic_training_on_instances_alone_is_refused(tmp_path):
 def test_one_line_says_what_is_wrong_with_label_maps(tmp_path, damage, complaint):
     write_ade(tmp_path)
     damage(tmp_path / "annotations" / "training")
-    assert complaint in refusal(lambda: data.Ade(tmp_path, "train", AS_IT_IS, crop=1000)[0, 1])
+    assert complaint in refusal(lambda: data.Ade(tmp_path, "train", UNCHANGED, crop=1000)[0, 1])
 
 
 def test_in_evaluation_a_label_map_of_another_size_is_an_error_and_hidden_files_are_ignored(tmp_path):
@@ -1864,7 +1872,7 @@ def test_the_ground_truth_has_an_ap_of_1_even_if_ids_start_at_0(tmp_path):
 
 def test_shapes_agree_on_a_scene_across_tasks():
     scenes = {task: data.Shapes(50, 96, 3, "train", task) for task in ("det", "inst", "sem", "pan")}
-    things, stuff, cut = Counter(), 0, 0
+    things, stuff, clipped = Counter(), 0, 0
     for index in range(50):
         (image, det), (same, inst), (_, sem), (_, pan) = (scenes[task][1, index] for task in scenes)
         assert torch.equal(image, same) and image.shape == (3, 96, 96)
@@ -1877,9 +1885,9 @@ def test_shapes_agree_on_a_scene_across_tasks():
             assert torch.equal(sem["masks"][sem["labels"] == label].any(0), pan["masks"][pan["labels"] == label].any(0))
         things[n] += 1
         stuff += (pan["labels"] >= len(data.THINGS)).sum().item() >= 3
-        corners = torch.cat([inst["boxes"][:, :2] - inst["boxes"][:, 2:] / 2, inst["boxes"][:, :2] + inst["boxes"][:, 2:] / 2], 1)
-        cut += ((corners <= 0) | (corners >= 1)).any(1).sum().item()
-    assert max(things) == 6 and things[1] and stuff > 40 and cut > 25
+        corners = box_convert(inst["boxes"], "cxcywh", "xyxy")
+        clipped += ((corners <= 0) | (corners >= 1)).any(1).sum().item()
+    assert max(things) == 6 and things[1] and stuff > 40 and clipped > 25
 
 
 def test_shapes_have_the_same_ground_truth_in_training_and_evaluation():
@@ -1909,37 +1917,39 @@ def test_hungarian_matching_is_optimal():
         assert len(set(columns)) == n
         best = min(cost[range(n), list(order)].sum() for order in itertools.permutations(range(m), n))
         assert cost[range(n), columns].sum() == pytest.approx(best)
-    assert sorted(cf.hungarian(np.full((3, 5), np.nan))) == [0, 1, 2]  # it ends, and each row has a column of its own
+    assert sorted(cf.hungarian(np.full((3, 5), np.nan))) == [0, 1, 2]  # it ends, with distinct columns
 
 
 def panoptic_metrics(predicted, segments, truth, entries, classes=3):
-    """PQ, SQ, RQ of small maps given as rows of digits; class c has category_id 10 + c."""
-    predicted, truth = (torch.tensor([[int(digit) for digit in row] for row in rows.split()]) for rows in (predicted, truth))
+    """Counts, and [PQ, SQ, RQ], of small maps given as rows of digits; class c has category_id 10 + c."""
+    read = lambda rows: torch.tensor([[int(digit) for digit in row] for row in rows.split()])
     segments = [dict(id=i, label=label) for i, label in segments.items()]
     entries = [dict(id=i, category_id=10 + label, iscrowd=crowd) for i, (label, crowd) in entries.items()]
-    counts = evaluation.panoptic_counts(predicted, segments, truth, entries, {10 + c: c for c in range(classes)}, classes)
+    categories = {10 + c: c for c in range(classes)}
+    counts = evaluation.panoptic_counts(read(predicted), segments, read(truth), entries, categories, classes)
     return counts, evaluation.panoptic_quality(counts, torch.ones(classes, dtype=torch.bool))
 
 
 def test_panoptic_quality_of_cases_worked_out_by_hand():
     truth, entries = "1112 1112 3333", {1: (0, 0), 2: (0, 0), 3: (1, 0)}
-    counts, figures = panoptic_metrics(truth, {1: 0, 2: 0, 3: 1}, truth, entries)
-    assert figures == [1, 1, 1] and counts[2].sum() == 0  # a class that does not occur does not count
+    counts, metrics = panoptic_metrics(truth, {1: 0, 2: 0, 3: 1}, truth, entries)
+    assert metrics == [1, 1, 1] and counts[2].sum() == 0  # a class that does not occur does not count
 
-    # Segment 1 lost a third to 2: IoU 4/6 and 2/4, the second is no match.  3 has the wrong class.
+    # Segment 1 loses a third of its pixels to 2: IoUs of 4/6 and 2/4, of which the second is no match.  3 has the
+    # wrong class.
     counts, (pq, sq, rq) = panoptic_metrics("1122 1122 3333", {1: 0, 2: 0, 3: 2}, truth, entries)
     assert counts.tolist() == [[pytest.approx(4 / 6), 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 0]]
     assert (pq, sq, rq) == (pytest.approx(4 / 6 / 2 / 3), pytest.approx(4 / 6 / 3), pytest.approx(1 / 2 / 3))
 
 
 def test_void_and_crowds_do_not_count_as_errors():
-    # Half of the match lies on void: it counts neither as overlap nor as union.
-    counts, figures = panoptic_metrics("1111 0000", {1: 0}, "1100 0000", {1: (0, 0)})
-    assert figures == [1, 1, 1]
+    # Half of the match is on void, which counts neither in the intersection nor in the union.
+    counts, metrics = panoptic_metrics("1111 0000", {1: 0}, "1100 0000", {1: (0, 0)})
+    assert metrics == [1, 1, 1]
     # A prediction that is mostly void, or mostly a crowd of its class, is no false positive; a crowd is never missed.
     counts, _ = panoptic_metrics("1111 2222", {1: 0, 2: 1}, "0003 4444", {3: (2, 0), 4: (1, 1)})
     assert counts.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
-    # On a crowd of another class it is one.
+    # On a crowd of another class, it is a false positive.
     counts, _ = panoptic_metrics("2222", {2: 0}, "4444", {4: (1, 1)})
     assert counts.tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -1950,22 +1960,23 @@ def test_semantic_metrics_match_a_count_pixel_by_pixel():
     truth[rng.random((30, 40)) < 0.2] = -1
     predicted[predicted == 3], truth[truth == 3] = 0, 1  # class 3 does not occur
     confusion = evaluation.confusion_counts(torch.from_numpy(predicted), torch.from_numpy(truth), 4)
-    figures, per_class = evaluation.semantic_metrics(confusion)
+    metrics, per_class = evaluation.semantic_metrics(confusion)
     real = truth >= 0
-    iou = [(real & (truth == c) & (predicted == c)).sum() / (real & ((truth == c) | (predicted == c))).sum() for c in range(3)]
+    both = [real & (truth == c) & (predicted == c) for c in range(3)]
+    iou = [both[c].sum() / (real & ((truth == c) | (predicted == c))).sum() for c in range(3)]
     np.testing.assert_allclose(per_class[:3], iou)
-    assert math.isnan(per_class[3]) and figures["miou"] == pytest.approx(np.mean(iou))
-    assert figures["pixel_accuracy"] == pytest.approx((truth == predicted)[real].mean())
+    assert math.isnan(per_class[3]) and metrics["miou"] == pytest.approx(np.mean(iou))
+    assert metrics["pixel_accuracy"] == pytest.approx((truth == predicted)[real].mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files of other people: what is certain is read, the same in training and in evaluation; what is not is refused in a line
+# Files of other tools: what is unambiguous is read alike in training and evaluation; the rest is refused in one line
 # ---------------------------------------------------------------------------------------------------------------
 LEFT = [[40, 20, 50, 20, 50, 35, 40, 35]]  # the polygon of object 1
 
 
 def edit_both(root, change):
-    """A change of the annotation files of both splits; the images of both differ, so that an Oracle can tell them apart."""
+    """Change the annotation files of both splits; two different images, so that an Oracle can tell them apart."""
     for split in ("train", "val"):
         write_coco(root, split)
         Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(root / f"{split}2017" / "b.png")
@@ -1976,8 +1987,8 @@ def edit_both(root, change):
 
 
 def read_both(root, task="inst"):
-    """The data set of training, as main() of train.py makes it, but for the augmentation; that of evaluation."""
-    train_set = data.Coco(root, "train", task, AS_IT_IS, crop=1000)
+    """The data sets of training, but without augmentation, and of evaluation, as train.py creates and checks them."""
+    train_set = data.Coco(root, "train", task, UNCHANGED, crop=1000)
     val_set = data.Coco(root, "val", task, v2.Resize(20), classes=train_set.classes)
     for dataset, split in ((train_set, "training"), (val_set, "validation")):
         data.check(dataset, split)
@@ -2005,7 +2016,7 @@ def as_floats(c):
 
 def ids_as_text(c):
     for e in c["images"] + c["categories"]:
-        e["id"] = str(e["id"])  # and the annotations have numbers
+        e["id"] = str(e["id"])  # while annotations refer to numbers
 
 
 def ids_of_words(c):
@@ -2013,7 +2024,7 @@ def ids_of_words(c):
         e["id"] = {5: "5", 3: "night"}[e["id"]]
 
 
-EVERY = [0, 1, 3]  # objects of write_coco() that are neither crowds nor without area
+EVERY = [0, 1, 3]  # objects of write_coco() with area, without the crowd
 
 
 @pytest.mark.parametrize("change, objects, area", [
@@ -2062,7 +2073,7 @@ def test_annotations_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_pa
 def test_compressed_run_lengths_are_decoded_as_by_pycocotools():
     rng = np.random.default_rng(0)
     large = rectangle(0, 0, 400, 300, (400, 600))
-    for mask in [*(rng.random((40, 60)) < share for share in (0, 0.001, 0.5, 1)), rectangle(5, 10, 15, 30), large]:
+    for mask in [*(rng.random((40, 60)) < density for density in (0, 0.001, 0.5, 1)), rectangle(5, 10, 15, 30), large]:
         text = mask_utils.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
         assert data.runs_of(text).tolist() == runs(mask)["counts"]
         for damaged in (text[:-1], text + "1", "b'" + text + "'", "\n" + text):
@@ -2090,7 +2101,7 @@ def test_a_missing_area_is_that_of_the_mask_or_else_of_the_box(tmp_path, mask, a
 ])
 def test_ambiguous_coco_files_are_refused(tmp_path, change, complaint):
     edit_both(tmp_path, change)
-    assert complaint in refusal(lambda: data.Coco(tmp_path, "val", "inst", AS_IT_IS))
+    assert complaint in refusal(lambda: data.Coco(tmp_path, "val", "inst", UNCHANGED))
     assert complaint in refusal(lambda: read_both(tmp_path))
 
 
@@ -2126,7 +2137,7 @@ def test_images_are_found_by_paths_of_other_machines(tmp_path, name, complaint, 
         edit_json(lambda c: c["annotations"][0].update(file_name="E:\\maps\\a.png"), kind)(tmp_path)
         edit_json(lambda c: [c["images"][0].update(id=5), c["annotations"][0].update(image_id=5)], kind)(tmp_path)
     edit_json(lambda c: c["images"][0].update(file_name=name), kind)(tmp_path)
-    read = lambda: data.Coco(tmp_path, "train", task, AS_IT_IS, crop=1000)
+    read = lambda: data.Coco(tmp_path, "train", task, UNCHANGED, crop=1000)
     if complaint:
         assert complaint in refusal(read)
         return
@@ -2136,13 +2147,13 @@ def test_images_are_found_by_paths_of_other_machines(tmp_path, name, complaint, 
 
 
 def write_export(root, used_in_val=("boat", "kite")):
-    """write_coco() as labeling tools export it, with a category 0 for all and, in validation, other numbers."""
+    """write_coco() as labeling tools export it: with an unused category 0, and other ids in validation."""
     for split, folder in (("train", "train"), ("val", "valid")):
         content = write_coco(root, split)
         (root / f"{split}2017").rename(root / folder)
         Image.new("RGB", (60, 40)).save(root / folder / "b.png")
         content["categories"] = [dict(id=0, name="things", supercategory="none"), *content["categories"]]
-        if split == "val":  # kite comes first here, and there is a class that no object has
+        if split == "val":  # kite comes first, and one class has no objects
             content["categories"] = [dict(id=1, name="kite"), dict(id=2, name="boat"), dict(id=4, name="never")]
             for entry in content["annotations"]:
                 entry["category_id"] = {90: 1, 7: 2}[entry["category_id"]]
@@ -2186,7 +2197,7 @@ def test_classes_of_a_validation_file_are_matched_by_name(tmp_path):
 
 
 def write_maps(root, *values, names=None):
-    """ADE20K's layout with two maps a split, each with all of the values in stripes of ten columns."""
+    """ADE20K's layout, two label maps per split, each with all of the values, in stripes of ten columns."""
     write_ade(root, names=False)
     pixels = np.repeat(np.resize(values, 6), 10)[None].repeat(40, 0)
     for path in (root / "annotations").rglob("*.png"):
@@ -2198,7 +2209,7 @@ def write_maps(root, *values, names=None):
 
 
 def read_maps(root):
-    train_set = data.Ade(root, "train", AS_IT_IS, crop=1000)
+    train_set = data.Ade(root, "train", UNCHANGED, crop=1000)
     val_set = data.Ade(root, "val", v2.Resize(20), classes=train_set.classes)
     for dataset, split in ((train_set, "training"), (val_set, "validation")):
         data.check(dataset, split)
@@ -2264,7 +2275,7 @@ def test_gray_label_maps_are_read_in_any_mode(tmp_path, mode):
     for path in (tmp_path / "annotations").rglob("*.png"):
         gray = Image.open(path)
         if mode == "P":
-            gray.putpalette([7, 7, 7, 200, 0, 0, 0, 200, 0])  # a map holds the numbers, the colors are for people
+            gray.putpalette([7, 7, 7, 200, 0, 0, 0, 200, 0])  # the pixels hold the labels, the palette is for display
         picture = gray if mode == "P" else gray.convert(mode)
         if mode.endswith("A"):
             picture.putalpha(Image.new("L", (60, 40), 90))
@@ -2292,7 +2303,7 @@ def test_tables_of_class_names_are_read_or_refused(tmp_path, table, complaint):
 
 
 def leave_hidden_files(folder):
-    """What macOS, Windows and Jupyter leave behind."""
+    """Files that macOS, Windows and Jupyter leave behind."""
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "._photo.jpg").write_bytes(b"no image")
     (folder / ".DS_Store").write_bytes(b"")
@@ -2335,7 +2346,7 @@ def test_validation_images_are_found_in_val_or_valid(folder, name):
 # The check before the first step
 # ---------------------------------------------------------------------------------------------------------------
 def turned_image(root, split):
-    """The image lies on its side in the file, as cameras leave it."""
+    """The image is rotated in the file, as cameras store it."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((60, 40, 3), np.uint8)).save(root / f"{split}2017" / "a.png", "JPEG", exif=exif)
@@ -2409,8 +2420,8 @@ def test_broken_validation_files_end_a_run_before_its_first_step(tmp_path, capsy
 def test_a_few_unreadable_training_images_are_counted_and_many_are_refused(tmp_path, capsys):
     write_coco(tmp_path)
     edit_json(many_times)(tmp_path)
-    dataset = lambda: data.Coco(tmp_path, "train", "det", AS_IT_IS, crop=1000)
-    (tmp_path / "train2017" / "a.png").write_text("no image")  # nine of 18
+    dataset = lambda: data.Coco(tmp_path, "train", "det", UNCHANGED, crop=1000)
+    (tmp_path / "train2017" / "a.png").write_text("no image")  # 9 of 18
     data.check(dataset(), "training")
     assert "training data: 9 images will be skipped, the first: " in capsys.readouterr().out
     (tmp_path / "train2017" / "b.png").write_text("no image")
@@ -2420,9 +2431,9 @@ def test_a_few_unreadable_training_images_are_counted_and_many_are_refused(tmp_p
 def check_a_part(rank):
     root = os.environ["CHECKED"]
     try:
-        dataset = data.Ade(f"{root}/ade", "train", AS_IT_IS, crop=1000)
+        dataset = data.Ade(f"{root}/ade", "train", UNCHANGED, crop=1000)
         data.check(dataset, "training")
-        data.check(data.Coco(f"{root}/coco", "val", "det", AS_IT_IS), "validation")
+        data.check(data.Coco(f"{root}/coco", "val", "det", UNCHANGED), "validation")
     except data.InputError as error:
         return dataset.classes, str(error)
 
@@ -2431,7 +2442,7 @@ def test_all_processes_agree_whichever_of_them_reads_a_file(tmp_path, monkeypatc
     for name in ("ade", "coco"):
         (tmp_path / name).mkdir()
     write_maps(tmp_path / "ade", 0, 1)
-    Image.new("L", (60, 40), 2).save(tmp_path / "ade" / "annotations" / "training" / "b.png")  # one of them sees a class more
+    Image.new("L", (60, 40), 2).save(tmp_path / "ade" / "annotations" / "training" / "b.png")  # one process sees another class
     coco_folder(tmp_path / "coco")
     small_image(tmp_path / "coco")
     monkeypatch.setenv("CHECKED", str(tmp_path))
