@@ -23,6 +23,7 @@ import pickle
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -1180,7 +1181,11 @@ class SkipBroken(Dataset):
     def read(self, loader):
         """The loader's batches.  Raises InputError if one of its workers dies, with the file that it was on."""
         try:
-            yield from loader
+            try:
+                yield from loader
+            except (OSError, EOFError):  # a dying worker can break a connection before torch learns of its death,
+                time.sleep(5)  # which then raises RuntimeError here
+                raise
         except RuntimeError as error:
             dead = re.findall(r"\d+", str(error)) if "DataLoader worker" in str(error) else []
             names = [self.dataset.name(index) for process, index in self.reading.tolist() if str(process) in dead]
