@@ -130,8 +130,8 @@ class Layout(NamedTuple):
     real; None means all.  If all images have the same size, 1 stands in place of B.
     """
 
-    row_pool: torch.Tensor  # (B, kh, H)  row a of it averages the rows of cell row a
-    column_pool: torch.Tensor  # (B, kw, W)  the same for columns
+    row_pool: torch.Tensor  # (B, kh, H)  its row a averages the map's rows in row a of the grid
+    column_pool: torch.Tensor  # (B, kw, W)  the same across
     y: torch.Tensor  # (B, H)  vertical position of each row in its image, from -0.5 to 0.5
     x: torch.Tensor  # (B, W)  horizontal position of each column
     token_mask: torch.Tensor | None  # (B, H, W)  bool, True for image, False for padding
@@ -212,7 +212,7 @@ def prenorm_mlp(dim, ratio):
     """A residual branch: norm, D -> ratio * D -> D.
 
     Ours: the last layer is zero-initialized, so that a residual block starts as the identity, and
-    each branch grows as its gradients ask.
+    each branch grows only as far as it helps.
     """
     layers = [nn.LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)]
     nn.init.zeros_(layers[-1].weight)
@@ -242,7 +242,7 @@ class InitialCenters(nn.Module):
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
 def center_bias(center_mask):
-    """Bias that closes centers that an image does not have: bool (B, K) -> (B, 1, K); or None."""
+    """A bias of -inf for centers that an image does not have: bool (B, K) -> (B, 1, K); or None."""
     if center_mask is None:
         return None
     zeros = torch.zeros(center_mask.shape, device=center_mask.device)
@@ -269,19 +269,20 @@ class RecurrentCrossAttentionClustering(nn.Module):
                +----> mean over the tokens, weights M exp(S) (K, N) ---> add ---> C(t+1) (K, D)
 
     Paper (Eq. 3, Figure 2b): softmax over K, so every token is divided among the clusters.
-    (Attention has it over N: every center would choose its own tokens, and nobody might choose some
-    tokens.)  All iterations share q, k and v, and keys and values are computed once: it is a
-    recurrence, not a stack of T layers.
+    (Attention has it over N: every center would choose tokens for itself, and some tokens might be
+    chosen by none.)  All iterations share q, k and v, and keys and values are computed once: it is
+    a recurrence, not a stack of T layers.
 
     Ours, beyond the table in the header:
     - exp(S): M compares centers for one token; exp(S) compares tokens for one center.  Tokens that
       look like no center are divided among all of them, and would blur their means.  A larger scale
       cannot prevent it: it sharpens the choice between centers, but M still sums to 1.
-    - The update: C(T) is a sum of T + 1 means, so its norm grows with T.  That is harmless: the
-      cosine ignores it, and everything that reads C(T) normalizes first.
-    - Channels: head j compares channels j d .. j d + d - 1, but collects channels j, j + h,
-      j + 2 h, ...  Tokens that agree in the compared channels have a mean that says little new there.
-      The other channels are new, and the next iteration compares them, in other heads.
+    - The update: C(T) is C(0) plus T means, so its norm grows with T.  That is harmless: the cosine
+      ignores it, and everything that reads C(T) normalizes first.
+    - Channels: head j compares the neighboring channels j d .. j d + d - 1, but collects the
+      channels j, j + h, j + 2 h, ...  Tokens that agree in the compared channels have a mean that
+      says little new there.  The collected channels are mostly others, which other heads compare
+      in the next iteration.
 
     Cost: each head has N * K numbers in S, M and the weights.  An iteration makes about six passes
     over them, and training keeps M and the weights of every iteration.  In the code, heads come
@@ -317,7 +318,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
                 self.log_scale.clamp_(max=math.log(50.0))  # at 50, softmax is nearly an argmax
         size, tokens = tokens.shape[1:-1], tokens.flatten(1, -2)  # (B, N, D)
         keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
-        interleaved = tokens.unflatten(-1, (-1, self.num_heads)).mT  # (B, N, h, d): j, j + h, ...
+        interleaved = tokens.unflatten(-1, (-1, self.num_heads)).mT  # (B, N, h, d), head j has j, j + h, ..
         # float32 also under autocast: softmax returns it anyway, and a cast of M would be a pass.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         keys = F.normalize(keys.to(dtype), dim=-1)
@@ -330,18 +331,18 @@ class RecurrentCrossAttentionClustering(nn.Module):
             centers, q = centers.to(dtype), self.q.to(dtype)
             scale = self.log_scale.to(dtype).exp().view(-1, 1, 1, 1)
             for _ in range(self.iterations):
-                # E-step.  K is the last axis, where softmax is a single pass.
+                # E-step.  S and M are transposed, (N, K): over the last axis, softmax is one pass.
                 queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)  # (h, B, K, d)
                 S = keys @ (scale * F.normalize(queries, dim=-1)).mT  # (h, B, N, K)
                 S = S if bias is None else S + bias
                 M = S.softmax(-1)  # over K (Paper)
-                M = M if real is None else M * real  # a factor; -inf for all K would give NaN
+                M = M if real is None else M * real  # 0 for padding; a row of -inf would be NaN
                 # M-step.
-                weights = M * S.exp_()  # (h, B, N, K); in place, S has served
+                weights = M * S.exp_()  # (h, B, N, K); in place, since S is not needed again
                 mass = weights.sum(-2, keepdim=True)  # (h, B, 1, K)
                 mass = mass.masked_fill(mass < 1e-30, 1.0)  # an empty cluster: mean 0, C stays
                 means = values.mT @ weights / mass  # (h, B, d, K)
-                centers = centers + means.permute(1, 3, 2, 0).flatten(2)  # (B, K, D), interleaved
+                centers = centers + means.permute(1, 3, 2, 0).flatten(2)  # (B, K, D)
                 if self.history is not None:
                     self.history["centers"].append(centers)
                     self.history["assignments"].append(M.permute(1, 0, 3, 2))
