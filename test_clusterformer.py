@@ -1087,7 +1087,7 @@ def test_a_new_variant_is_one_entry(tmp_path, monkeypatch):
     monkeypatch.setitem(cf.VARIANTS, "base", base)
     arguments = ["train.py", "--variant", "base", "--data", str(tmp_path), "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
-    assert train.parse_settings()["drop_path"] == 0.4
+    assert train.parse_settings().drop_path == 0.4
     model = cf.ClusterFormer("det", "base", 3)
     assert model.backbone.channels == (16, 32, 64, 128) and len(model(torch.rand(1, 3, 64, 64))["aux"]) == 2
     monkeypatch.setattr(sys, "argv", [".github/benchmark.py", "--variant", "base"])
@@ -3032,7 +3032,7 @@ def test_the_interval_between_evaluations_depends_on_the_data(tmp_path, monkeypa
     cases = {"": 1, "--data D": 1, "--task sem": 1, "--task sem --data D": 5, "--task pan --data D": 5}
     for arguments, epochs in cases.items():
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
-        assert train.parse_settings()["evaluate_every"] == epochs
+        assert train.parse_settings().evaluate_every == epochs
 
 
 def test_gradient_accumulation_gives_the_step_of_the_whole_batch(tmp_path, capsys, monkeypatch, short_epochs):
@@ -3626,10 +3626,10 @@ def test_one_line_says_what_is_wrong_with_a_data_folder(tmp_path, capsys, folder
         (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
         (["--batch-size", 20000], "more than the 6500 training images"),
         (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
-        (["--lr", "nan"], "--lr must be at least 0.0, got nan"),
+        (["--lr", "nan"], "--lr must be at least 0, got nan"),
         (["--image-size", 31], "--image-size must be at least 32"),
         (["--variant", "huge"], "--variant must be one of nano, tiny, small"),
-        (["--patch-size", 3], "--patch-size must be 2 or 4, got 3"),
+        (["--patch-size", 3], "--patch-size must be one of 2, 4, got 3"),
         (["--smoothing", 1.5], "--smoothing must be below 1"),
         (["--epochs", 0], "--epochs must be at least 1"),
         (["--init", "/no/such/file"], "/no/such/file: no such checkpoint"),
@@ -3737,7 +3737,7 @@ def test_every_documented_command_is_valid(tmp_path, monkeypatch, command):
     monkeypatch.setattr(sys, "argv", words)
     if words[0] == "train.py":
         settings = train.parse_settings()
-        assert settings["task"] in cf.TASKS
+        assert settings.task in cf.TASKS
     else:
         script = {"eval.py": evaluation, ".github/benchmark.py": benchmark}[words[0]]
         monkeypatch.setattr(script, "start_processes", lambda: sys.exit("valid"))

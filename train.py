@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Train a ClusterFormer.
 
-    torchrun train.py --task cls                                         built-in shapes, minutes on a CPU
-    torchrun train.py --task det                                         also inst, sem, pan
-    torchrun train.py --task cls --data DIR --out runs/mine              own images, DIR/{train,val}/<class>/
-    torchrun train.py --task inst --data DIR --init CHECKPOINT           own objects, in COCO's layout
+    torchrun train.py --task cls                                          # built-in shapes, minutes on a CPU
+    torchrun train.py --task det                                          # also inst, sem, pan
+    torchrun train.py --task cls --data DIR --out runs/mine               # own images, DIR/{train,val}/<class>/
+    torchrun train.py --task inst --data DIR --init CHECKPOINT            # own objects, in COCO's layout
 
-    torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR  the full recipe on eight GPUs
-    torchrun train.py --task cls --data IMAGENET_DIR --accumulate 8      the same batch of 1024 on one GPU
+    torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR   # the full recipe on eight GPUs
+    torchrun train.py --task cls --data IMAGENET_DIR --accumulate 8       # the same batch of 1024 on one GPU
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train.py --task cls --data IMAGENET_DIR                          on each of two machines
+        train.py --task cls --data IMAGENET_DIR                           # on each of two machines
     torchrun --nproc_per_node=8 train.py --task inst --data COCO_DIR --init CHECKPOINT
     torchrun --nproc_per_node=8 train.py --task sem --data ADE_DIR --init CHECKPOINT
 
