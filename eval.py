@@ -37,7 +37,7 @@ from torchvision.datasets.folder import is_image_file
 from torchvision.ops import box_convert
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 from clusterformer import VERSION, ClusterFormer, make_layout, trace
@@ -198,12 +198,9 @@ def panoptic_counts(predicted, segments, truth, entries, category_class, num_cla
     ignored = void + (overlap * (same & crowd[:, None])).sum(0)
     wrong = ~match.any(0) & (area_predicted > 0) & (ignored <= 0.5 * area_predicted)
     missed = ~match.any(1) & (area > 0) & ~crowd
-    counts = np.zeros((num_classes, 4))
-    np.add.at(counts[:, 0], label[match.nonzero()[0]], iou[match])
-    np.add.at(counts[:, 1], label[match.any(1)], 1)
-    np.add.at(counts[:, 2], predicted_label[wrong], 1)
-    np.add.at(counts[:, 3], label[missed], 1)
-    return torch.from_numpy(counts)
+    matched = label[match.nonzero()[0]]
+    columns = (matched, iou[match]), (matched, None), (predicted_label[wrong], None), (label[missed], None)
+    return torch.from_numpy(np.stack([np.bincount(*x, num_classes) for x in columns], 1).astype(float))
 
 
 def panoptic_quality(counts, chosen):
@@ -234,8 +231,7 @@ def describe(metrics, task):
     line = dict(
         cls="top-1 {top1:.2%}, top-5 {top5:.2%}",
         det="box AP {AP:.3f}, AP50 {AP50:.3f}, AP75 {AP75:.3f}",
-        inst="box AP {box_AP:.3f}, AP50 {box_AP50:.3f}; "
-        "mask AP {mask_AP:.3f}, AP50 {mask_AP50:.3f}",
+        inst="box AP {box_AP:.3f}, AP50 {box_AP50:.3f}; mask AP {mask_AP:.3f}, AP50 {mask_AP50:.3f}",
         sem="mIoU {miou:.3f}, pixel accuracy {pixel_accuracy:.3f}",
         pan="PQ {PQ:.3f} (things {PQ_th:.3f}, stuff {PQ_st:.3f}), SQ {SQ:.3f}, RQ {RQ:.3f}",
     )
@@ -382,18 +378,15 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision paints masks, boxes and grids.  It
-# has no borders, no titles, and its captions are small and hide each other: these are drawn here.
+# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision paints masks and boxes.  It paints no
+# borders, and its captions are small and hide each other: paint() and write() do this.  Its grids
+# have no titles; with them, PIL alone is shorter: sheet().
 # --------------------------------------------------------------------------------------------------
 MIN_SCORE = 0.3  # of the objects that are drawn for det and inst; --json has all
-# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler ones.
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)
-OTHERS = (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (240, 228, 66)
-COLORS = [
-    tuple(round(c + pale * (255 - c)) for c in rgb)
-    for pale in (0.0, 0.5, 0.25, 0.7)
-    for rgb in (BLUE, *OTHERS, ORANGE)
-]
+# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler ones.
+COLORS = [BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), ORANGE, (240, 228, 66)]
+COLORS += [tuple(round(c + p * (255 - c)) for c in rgb) for p in (0.5, 0.25, 0.7) for rgb in COLORS]
 
 
 def panel_of(image, side):
@@ -442,36 +435,32 @@ def write(panel, captions):
 
 def sheet(rows):
     """A picture of rows of (title, panel), all panels of one size, under titles of 1 or 2 lines."""
-    columns, margin, panel = max(map(len, rows)), 44, rows[0][0][1]
-    height, width = panel.shape[1], max(panel.shape[2], 300)  # wide enough for a title
-    cells = torch.full((len(rows), columns, 3, height, width), 255, dtype=torch.uint8)
+    _, height, width = rows[0][0][1].shape
+    height, width = height + 44, max(width, 300) + 20  # with room for titles
+    picture = Image.new("RGB", (width * max(map(len, rows)) + 20, height * len(rows) + 20), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
     for i, row in enumerate(rows):
-        for j, (_, panel) in enumerate(row):
-            cells[i, j, :, :, : panel.shape[2]] = panel
-    grid = make_grid(cells.flatten(0, 1), columns, margin, pad_value=255)
-    picture, font = functional.to_pil_image(grid), ImageFont.load_default(15)
-    for i, row in enumerate(rows):
-        for j, (title, _) in enumerate(row):
-            place = margin + j * (width + margin), margin + i * (height + margin) - 4
-            ImageDraw.Draw(picture).text(place, title, "black", font, anchor="ld")
+        for j, (title, panel) in enumerate(row):
+            x, y = 20 + j * width, 44 + i * height
+            picture.paste(functional.to_pil_image(panel), (x, y))
+            draw.text((x, y - 4), title, "black", font, anchor="ld")
     return picture
 
 
 def findings(prediction, names):
-    """A prediction as a list of {"name", "score", and "box", "mask", "isthing" where there are any}.
+    """A prediction as a list of {"name", "score", and, as the task has them, "box", "mask", "isthing"}.
 
     sem: {"name", "share" (of the pixels), "mask"}.
     """
     if "semantic" in prediction:
-        labels = prediction["semantic"]
-        masks = [(names[c], labels == c) for c in labels.unique().tolist()]
-        return [dict(name=name, share=x.float().mean().item(), mask=x) for name, x in masks]
+        masks = {c: prediction["semantic"] == c for c in prediction["semantic"].unique().tolist()}
+        return [dict(name=names[c], share=x.float().mean().item(), mask=x) for c, x in masks.items()]
     if "panoptic" in prediction:
-        segments = [x | dict(mask=prediction["panoptic"] == x["id"]) for x in prediction["segments"]]
-        keys = ("score", "isthing", "mask")
-        return [dict(name=names[x["label"]]) | {key: x[key] for key in keys} for x in segments]
-    scores = prediction["scores"].tolist()
-    found = [dict(name=names[c], score=s) for c, s in zip(prediction["labels"].tolist(), scores)]
+        rest = lambda x: dict(isthing=x["isthing"], mask=prediction["panoptic"] == x["id"])
+        segments = prediction["segments"]
+        return [dict(name=names[x["label"]], score=x["score"]) | rest(x) for x in segments]
+    labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
+    found = [dict(name=names[label], score=score) for label, score in zip(labels, scores)]
     for name, key in (("box", "boxes"), ("mask", "masks")):  # boxes are xyxy
         for x, value in zip(found, prediction.get(key, ())):
             x[name] = value
@@ -653,20 +642,17 @@ def parse_arguments():
     add = parser.add_argument
     add("--checkpoint", required=True, help="a last.pt or best.pt of train.py")
     add("--data", metavar="DIR", help="its validation images (default: those of the training data)")
-    size = "pixels per side, dense tasks on files: of the short side (default: as in training)"
-    add("--image-size", type=int, help=size)
+    add("--image-size", type=int, help="pixels per side, or of the short side (default: as in training)")
     add("--batch-size", type=int, help="images per step and process (default: cls 128, others 8)")
     add("--workers", type=int, help="loader processes per process (default: spare cores, at most 16)")
     add("--json", metavar="FILE", help="also write metrics, as fractions of 1, or findings to FILE")
     add("--per-class", action="store_true", help="also AP, IoU or PQ of each class; not for cls")
-    formats = "write predictions, det, inst: to FILE, in COCO's format; pan: the same, and PNGs to the "
-    formats += "folder of its name without .json; sem: PNGs of label + 1 to the folder FILE"
+    formats = "det, inst, pan: write predictions to FILE.json in COCO's format, and the PNGs of pan to "
+    formats += "the folder FILE; sem: write PNGs of label + 1 to the folder FILE"
     add("--save-predictions", metavar="FILE", help=formats)
     add = parser.add_argument_group("pictures").add_argument
-    images = "draw predictions for images and folders (default: 8 held-out images)"
-    add("--images", nargs="*", metavar="PATH", help=images)
-    clusters = "draw the clusters of each stage, and each iteration of one block"
-    add("--clusters", action="store_true", help=clusters)
+    add("--images", nargs="*", metavar="PATH", help="images, folders to draw (default: 8 held-out images)")
+    add("--clusters", action="store_true", help="draw clusters by stage, and by iteration of one block")
     why = "cls: draw what speaks for a class (default: the likeliest), or for one and against another"
     add("--explain", nargs="*", metavar="CLASS", help=why)
     add("--out", metavar="DIR", default="pictures", help="where pictures go (default: pictures)")
@@ -687,16 +673,12 @@ def check_arguments(args, task, classes, world_size):
     if save and (os.path.isfile(save) if task == "sem" else not save.endswith(".json")):
         what = "folder" if task == "sem" else ".json file"
         raise InputError(f"--save-predictions {save}: for {task} it takes a {what}")
-    folder = os.path.dirname(save or "") or "."
-    if not os.path.isdir(folder):
-        raise InputError(f"--save-predictions {save}: there is no folder {folder}")
+    if save and not os.path.isdir(os.path.dirname(save) or "."):
+        raise InputError(f"--save-predictions {save}: there is no folder {os.path.dirname(save)}")
     if args.draw and (world_size > 1 or save or args.per_class):
-        flags = "--per-class and --save-predictions"
-        raise InputError(f"pictures are drawn by one process, without {flags}")
-    unsuited = args.explain is not None and task != "cls"
-    if unsuited or len(chosen) > 2 or not set(chosen) <= set(classes):
-        names = ", ".join(classes)
-        raise InputError(f"--explain is for cls and takes up to two of its classes: {names}")
+        raise InputError("pictures are drawn by one process, without --per-class and --save-predictions")
+    if args.explain is not None and task != "cls" or len(chosen) > 2 or set(chosen) - set(classes):
+        raise InputError(f"--explain is for cls and takes up to two of its classes: {', '.join(classes)}")
 
 
 def main():
