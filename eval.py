@@ -198,9 +198,10 @@ def panoptic_counts(predicted, segments, truth, entries, category_class, num_cla
     ignored = void + (overlap * (same & crowd[:, None])).sum(0)
     wrong = ~match.any(0) & (area_predicted > 0) & (ignored <= 0.5 * area_predicted)
     missed = ~match.any(1) & (area > 0) & ~crowd
-    matched = label[match.nonzero()[0]]
-    columns = (matched, iou[match]), (matched, None), (predicted_label[wrong], None), (label[missed], None)
-    return torch.from_numpy(np.stack([np.bincount(*x, num_classes) for x in columns], 1).astype(float))
+    matched, false, missing = label[match.any(1)], predicted_label[wrong], label[missed]
+    columns = [np.bincount(matched, iou[match], num_classes)]  # row after row, as in `matched`
+    columns += [np.bincount(labels, None, num_classes) for labels in (matched, false, missing)]
+    return torch.from_numpy(np.stack(columns, 1).astype(float))
 
 
 def panoptic_quality(counts, chosen):
@@ -378,9 +379,9 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision paints masks and boxes.  It paints no
-# borders, and its captions are small and hide each other: paint() and write() do this.  Its grids
-# have no titles; with them, PIL alone is shorter: sheet().
+# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision paints masks and boxes, but no
+# borders of masks, and its captions are small and hide each other: see paint() and write().  Its
+# grids have no titles; with titles, PIL alone is shorter: see sheet().
 # --------------------------------------------------------------------------------------------------
 MIN_SCORE = 0.3  # of the objects that are drawn for det and inst; --json has all
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)
