@@ -761,9 +761,8 @@ def box_prior(boxes, layout):
     boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (4, B, N, K).
     """
     x, y, width, height = boxes.unbind(-1)  # (B, K) each
-    # A quadrant is at least one token wide; 1 + 2 * position[0] is the side of a token. A narrower
-    # one could lie between the tokens. The limit of -20 below would then make all tokens equally
-    # likely.
+    # A quadrant is at least one token wide; 1 + 2 * position[0] is the side of a token.  A narrower one
+    # could lie between the tokens, and the limit of -20 below would make all tokens equally likely.
     wide = torch.maximum(width / 2, 1 + 2 * layout.x[:, :1])
     high = torch.maximum(height / 2, 1 + 2 * layout.y[:, :1])
     prior = []
@@ -801,10 +800,9 @@ class DecoderLayer(nn.Module):
         C    = C + attention(norm(C))  DETR (2020); the bias, the overlap of boxes, is ours
         C    = C + FFN(C)              DETR (2020)
 
-    cluster returns norm(C) plus means.  So C is normalized once per layer, and cannot grow with
-    depth.  Two centers whose boxes overlap may have found the same object.  They must see each
-    other to
-    decide which of them keeps it: so overlap raises the attention between them.
+    cluster returns norm(C) plus means: C is normalized once per layer, and cannot grow with depth.
+    Two centers whose boxes overlap may have found the same object.  They must see each other to
+    decide which of them keeps it, so overlap raises the attention between them.
     """
 
     def __init__(self, dim, iterations=3):
@@ -886,9 +884,8 @@ class MaskHead(nn.Module):
     distance is box_distance.  The dot product is Mask2Former's (2022).  Ours: the distance from the
     box.  A center predicts falloff > 0, how much the distance counts: much for one object among
     similar ones, little for the sky.
-    Ours: in training, pixels also predict their own classes.  A mask teaches the pixels little
-    until its center has found an object and its class; this loss teaches the pixels from the first
-    step.
+    Ours: in training, pixels also predict their own classes.  A mask teaches the pixels little until
+    its center has found an object and its class; this loss teaches them from the first step.
     """
 
     def __init__(self, dim, num_classes):
@@ -928,7 +925,7 @@ def mask_samples(masks, boxes, layout):
         # 1.2 sides: a silhouette needs its border, and a box may be slightly too small.
         samples = middle + side * torch.linspace(-0.6, 0.6, MASK_SAMPLES, device=boxes.device)
         token = 1 + 2 * position[:, :1, None]  # its side, (B or 1, 1, 1)
-        reach = torch.maximum(side * 1.2 / (MASK_SAMPLES - 1), token)  # more in large boxes
+        reach = torch.maximum(side * 1.2 / (MASK_SAMPLES - 1), token)  # half the width of a sample
         distance = (position[:, None, None] + 0.5 - samples[..., None]).abs() / reach[..., None]
         pool = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear weights
         pools.append(pool / pool.sum(-1, keepdim=True).clamp(min=1))
@@ -1039,8 +1036,7 @@ NUM_POINTS = 12_544  # at which a mask is compared (Mask2Former); for 1024 x 102
 def num_points(masks):
     """Number of points at which masks (..., h, w) at stride 4 are compared.
 
-    It is NUM_POINTS for images of 512 x 512 pixels and more, and a quarter of h * w for smaller
-    ones.
+    It is NUM_POINTS for images of at least 512 x 512 pixels, and a quarter of h * w below that.
     """
     pixels = masks.shape[-2] * masks.shape[-1]
     return NUM_POINTS if pixels >= 128 * 128 else pixels // 4
