@@ -54,8 +54,8 @@ The differences.  A dash means that what we read does not say.
     start                                                            first step
     q, k, v:       -                       d x d in each head        D x D would cost D / d times as
     size                                                             much
-    heads          of 32 channels          of 64 channels or a few   half as many maps M to compute
-                                           more
+    heads          of 32 channels          channels // 64 heads, or  half as many maps M to compute
+                                           one
     E-steps        T + 1: C(T) is          T: C(T) is dispatched     one E-step fewer
                    dispatched with M(T)    with M(T-1)
     M-step:        M                       M exp(S)                  a token that looks like no
@@ -65,9 +65,9 @@ The differences.  A dash means that what we read does not say.
     M-step: norm   sum                     mean                      a sum would grow with N
     M-step:        replaces C              is added to C, as in      an empty cluster keeps its
     update                                 kMaX-DeepLab (2022)       center; gradients reach C(0)
-    M-step:        -                       a head compares d         the center learns something new
-    channels                               neighboring channels,     in channels that the head has
-                                           and collects every h-th   not compared
+    M-step:        -                       a head compares d         see "Channels" in section 2
+    channels                               channels side by side,
+                                           but averages every h-th
     sim            a similarity            K M_ki(T-1), so 1/K       it has already been computed
                                            cancels
     MLP            outside of the sum      inside of the sum         it runs K times, not N times
@@ -86,10 +86,10 @@ The differences.  A dash means that what we read does not say.
 
 The authors' released code is a different method, and cannot serve to check these equations.  Its
 centers attend to tokens with a softmax over the N tokens (over K in its first version).  Each token
-then goes to its single most similar center, by sigmoid(beta + alpha cos).  A center becomes the mean
-of these tokens and its own pooled start, and a token receives its center times the similarity.  The
-release has no FFN on the centers, no MLP in dispatching, and no detection or segmentation.  Its stem
-is one 4 x 4 / 4 convolution of RGB and two coordinate channels.
+then goes to its single most similar center, where similarity is sigmoid(beta + alpha cos).  A center
+becomes the mean of its tokens, with its pooled start as one more of them, and a token receives its
+center times the similarity.  The release has no FFN on the centers, no MLP in dispatching, and no
+detection or segmentation.  Its stem is one 4 x 4 / 4 convolution of RGB and two coordinate channels.
 
 LETTERS, in equations and in the shapes at the ends of lines:
 
@@ -116,12 +116,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# depths and channels are those of the four stages. Tiny and small have Swin-T's and Swin-S's
-# (Paper); nano is ours, for CPUs and small images. dim is the width of neck and decoder. levels
-# says which
-# map each decoder layer clusters: 1, 2, 3 for strides 8, 16, 32. drop_path is a suggestion for
-# training
-# at full scale: train.py passes it on, ClusterFormer itself starts without stochastic depth.
+# depths and channels: of the four stages.  Those of tiny and small are Swin-T's and Swin-S's (Paper);
+# nano is ours, for CPUs and small images.
+# dim: width of neck and decoder.
+# levels: the map that each decoder layer clusters, 1, 2 or 3 for strides 8, 16 or 32.
+# drop_path: what train.py sets at full scale; ClusterFormer itself starts without it.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
     "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
@@ -130,7 +129,7 @@ VARIANTS = {
 }
 VERSION = 3  # of saved weights: raised when older ones would not fit, or would mean something else
 HEAD_DIM = 64  # a stage has channels // 64 heads, and at least one
-GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100 (Paper)
+GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100 (Paper, recalled)
 CENTER_RATIO = 1, 2  # hidden width of the MLPs on centers, in units of D: initial, dispatching
 TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 
@@ -142,7 +141,7 @@ class Layout(NamedTuple):
     """Where the images of a batch lie in a map of H x W tokens.  Computed once per map.  Ours.
 
     Images lie at the top left, and padding fills the rest.  Masks tell which tokens and centers are
-    real; None means all.  If every image fills the map, 1 stands in place of B.
+    real; None means all.  Without sizes, one row stands for all images: 1 in place of B.
     """
 
     row_pool: torch.Tensor  # (B, kh, H)  averages the rows of tokens in each row of the grid
@@ -194,8 +193,9 @@ def make_layout(height, width, sizes=None, device=None, min_cell=2):
     sizes: (B, 2) int64 on the CPU, heights and widths of the images in tokens; None: all fill the
         map.  They are on the CPU because they decide whether masks are needed: if they were on
         the GPU, the CPU would have to wait for them.
-    min_cell: minimum side of a grid cell in tokens.  Large maps use the full 10 x 10 grid anyway.
-        On small ones it is 2, since a cluster of a single token has nothing to aggregate.
+    min_cell: minimum side of a grid cell in tokens.  It matters on small maps only; large ones have
+        the full 10 x 10 grid.  It is 2 in the backbone, where a cluster of a single token would have
+        nothing to aggregate, and 1 in the decoder.
     """
     device = torch.device("cpu") if device is None else device
     if sizes is None:
@@ -284,7 +284,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
                +----> mean over the tokens, weights M exp(S) (K, N) ---> add ---> C(t+1) (K, D)
 
     Paper (Eq. 3, Figure 2b): softmax over K, so every token is divided among the clusters.
-    (Attention has it over N: every center would choose tokens for itself, and some tokens might be
+    (Ordinary attention takes it over N: every center chooses its tokens, and some tokens may be
     chosen by none.)  All iterations share q, k and v, and keys and values are computed once: it is
     a recurrence, not a stack of T layers.
 
@@ -296,14 +296,14 @@ class RecurrentCrossAttentionClustering(nn.Module):
     - The update.  C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the
       cosine ignores the norm, and everything that reads C(T) normalizes it first.
     - Channels.  Head j compares the channels j d .. j d + d - 1, but collects j, j + h, j + 2 h, ...
-      Tokens that agree in the compared channels have a mean that says little new in these channels.
-      It says more in the others, which other heads compare in the next iteration.  A single head
-      compares and collects all channels.
+      In the channels that were compared, the tokens of a cluster are alike, so their mean adds
+      little.  In the other channels it adds something new, which other heads compare in the next
+      iteration.  A single head compares and collects all channels.
 
     Cost: S and M have N * K numbers per head.  An iteration makes about six passes over them, and
     training keeps three such tensors per iteration.  So the code avoids further passes, such as
-    casts of M.  Heads come before images in all shapes: with (B, h, ...), matmul would copy the
-    projections for every image.
+    casts of M.  Inside, heads come before images: with (B, h, ...), matmul would copy the projections
+    for every image.
     """
 
     def __init__(self, dim, num_heads, iterations=3, scale=10.0):
@@ -376,11 +376,12 @@ class FeatureDispatching(nn.Module):
         Ours                       sum_k M_ki(T-1) MLP(C_k(T))
 
     Ours is the paper's with sim(C_k, p_i) = K M_ki, so that 1/K cancels, and with the MLP inside of
-    the sum.  Each head uses its own M. We take M(T-1), which was computed from C(T-1).  Figure 2b
-    has one more E-step, which computes M(T) from C(T).  The MLP matters.  The tokens of a cluster
-    look alike, so without it a token would receive little more than a blurred copy of itself.  It
-    also mixes all channels, so they need not be interleaved.  The classification head and the
-    decoder have no dispatching: there, the centers are the result.
+    the sum.  Each head uses its own M.  We take M(T-1), which was computed from C(T-1).  Figure 2b
+    has one more E-step, which computes M(T) from C(T).
+    The MLP matters.  The tokens of a cluster look alike, so without an MLP a token would receive
+    little more than a blurred copy of itself.  The MLP also mixes all channels, so dispatching does
+    not need the interleaved channels of the M-step.
+    The classification head and the decoder have no dispatching: there, centers are the result.
     """
 
     def __init__(self, dim, num_heads):
@@ -537,13 +538,12 @@ class Backbone(nn.Module):
         images: (B, 3, H, W).  sizes: (B, 2) in pixels, or None.  Returns a map and its layout.
         """
         x, patch = (images - self.mean) / self.std, self.strides[0]
-        if sizes is not None:  # zeros after normalization, as beyond the border of any convolution
+        if sizes is not None:  # padding is zero after normalization, as a convolution pads
             x = x * image_mask(*x.shape[-2:], to_device(sizes, x.device))[:, None]
             sizes = -(-sizes // patch)
         x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch))  # to multiples of the patch
-        # No mask is needed between the two convolutions. Row i of the second one's output reads
-        # rows 2i - 1 .. 2i + 1 of its input. Each image has an even number of rows there, so its
-        # last row of tokens reads none of the padding below it.
+        # No mask is needed between the two convolutions.  An image of n rows of tokens has 2 n rows
+        # there, and its last row of tokens reads rows 2 n - 3 .. 2 n - 1: none of the padding below.
         x = self.stem(x).permute(0, 2, 3, 1)  # (B, H, W, D)
         layout = make_layout(x.shape[1], x.shape[2], sizes, x.device)
         y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
@@ -589,9 +589,9 @@ class ClassificationHead(nn.Module):
 
     Ours: what we read of the paper does not describe this head.  Everything after the norm is
     linear, so a logit is exactly a bias plus one contribution per center.  A center is a sum of
-    tokens: the mean of a cell, plus T means of values.  With the weights of these means and the
-    norm's divisor held fixed, a contribution is a sum over tokens: an explanation that adds up.  An
-    FFN on C(0) would break this sum, so there is none here.
+    tokens: the mean of a cell, plus T means of values.  If the weights of these means and the
+    norm's divisor are treated as constants, each contribution is a constant plus a sum over tokens:
+    an explanation that adds up.  An FFN on C(0) would break this sum, so there is none here.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -638,10 +638,10 @@ class ClassificationHead(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 7. Detection and segmentation: neck, boxes, and priors.  From here on, a cluster is an object
 #
-# Paper (abstract, and as recalled): these tasks are solved by the same clustering, in a decoder of
-# six layers of recurrent cross-attention with 100 centers. What we read does not say more. All else
-# in sections 7 to 11 is taken from the work that is named beside it; numbers without a name are
-# ours. "Previous" boxes and masks are those that a center predicted one layer before.
+# Paper (abstract): the same clustering solves these tasks, too.  Paper (recalled): their decoder has
+# six layers of recurrent cross-attention with 100 centers.  What we read says no more.  All else in
+# sections 7 to 11 is taken from the work that is named beside it; numbers without a name are ours.
+# "Previous" boxes and masks are those that a center predicted one layer before.
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
     """Bring all maps to the same width D, and add what coarser maps see.  FPN (Lin et al., 2017).
@@ -680,8 +680,8 @@ class Neck(nn.Module):
 def cell_boxes(layout):
     """Boxes of the grid cells, which the decoder starts from: (B or 1, K, 4) cxcywh.  Ours.
 
-    It follows from the mean and the variance of the positions in a cell: positions that are spread
-    evenly over a length have the variance length^2 / 12.
+    A box follows from the mean and the variance of the positions in its cell: positions that are
+    spread evenly over a length have the variance length^2 / 12.
     """
     centers, sides = [], []
     for pool, position in ((layout.column_pool, layout.x), (layout.row_pool, layout.y)):
@@ -761,7 +761,7 @@ def box_prior(boxes, layout):
     boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (4, B, N, K).
     """
     x, y, width, height = boxes.unbind(-1)  # (B, K) each
-    # A quadrant is at least one token wide; 1 + 2 * position[0] is the side of a token.  A narrower one
+    # A quadrant is at least one token wide; 1 + 2 * position[0] is a token's side.  A narrower one
     # could lie between the tokens, and the limit of -20 below would make all tokens equally likely.
     wide = torch.maximum(width / 2, 1 + 2 * layout.x[:, :1])
     high = torch.maximum(height / 2, 1 + 2 * layout.y[:, :1])
@@ -774,7 +774,7 @@ def box_prior(boxes, layout):
 
 
 def mask_prior(masks, finest, factor):
-    """Log prior from the previous masks.  It is a soft form of Mask2Former's masked attention (2022).
+    """Log prior from the previous masks: a soft form of Mask2Former's masked attention (2022).
 
     A box also holds what is around an object and in front of it; the mask of the object does not.
     masks: logits (B, K, H, W).  finest: their layout.  factor: a token covers factor x factor of
@@ -796,7 +796,7 @@ def mask_prior(masks, finest, factor):
 class DecoderLayer(nn.Module):
     """Centers collect tokens from one map, then look at each other.
 
-        C, M = cluster(norm(C), I)     Paper; the bias, log priors of box and mask, is ours
+        C, M = cluster(norm(C), I)     Paper (recalled); the norm and the bias, log priors, are ours
         C    = C + attention(norm(C))  DETR (2020); the bias, the overlap of boxes, is ours
         C    = C + FFN(C)              DETR (2020)
 
@@ -811,7 +811,8 @@ class DecoderLayer(nn.Module):
         # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // 32), batch_first=True)
-        # Learned.  It starts at 0 in the first head, and at 8 in the last: e^8 times the attention.
+        # Learned.  At first 0 in the first head, and up to 8 in the last: there, equal boxes get e^8
+        # times the attention of disjoint ones.
         self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
@@ -896,7 +897,7 @@ class MaskHead(nn.Module):
         self.center = mlp(dim, dim)
         self.falloff = nn.Linear(dim, 1)  # its log
         nn.init.zeros_(self.falloff.weight)
-        nn.init.constant_(self.falloff.bias, math.log(0.25))  # a logit is 1 lower in a corner of the box
+        nn.init.constant_(self.falloff.bias, math.log(0.25))  # -1 in a corner of the box
 
     def embed_pixels(self, x):
         """Embeddings E from the finest map of the neck, (B, H, W, D); all layers share them."""
@@ -937,7 +938,7 @@ def mask_samples(masks, boxes, layout):
 
 
 class Decoder(nn.Module):
-    """100 centers, and six layers (Paper; nano has three) that refine the previous prediction.
+    """100 centers, six layers (Paper, recalled; nano has three).  A layer refines the previous boxes.
 
         map at stride 8 --> InitialCenters --> C (B, 100, D), boxes: the cells of the 10 x 10 grid
                                                  |
@@ -952,8 +953,8 @@ class Decoder(nn.Module):
 
     All predictions are trained (deep supervision, DETR), including the one before the first layer
     (Mask2Former).  The order of maps is Mask2Former's.  Tasks that return no boxes predict them,
-    too: they are the priors.  Ours: the class also depends on mask samples.  A mean over an object
-    loses its silhouette, and its mask shows it.
+    too: priors need them.  Ours: the class also depends on mask samples, since averaging tokens loses
+    the silhouette of an object, and the mask keeps it.
     """
 
     def __init__(self, dim, levels, num_classes, iterations, with_masks):
@@ -1011,9 +1012,9 @@ class Decoder(nn.Module):
         boxes = cell_boxes(grid).expand(len(centers), -1, -1)  # (B, K, 4)
         outputs = [self.predict_centers(centers, boxes, embeddings, finest, grid.center_mask)]
         for level, layer in zip(self.levels, self.layers):
-            boxes = outputs[-1]["boxes"].detach()  # a layer is trained by its own losses only
-            masks = None  # before the first layer: a center that has seen one cell has no useful mask
-            if self.mask_head and len(outputs) > 1:
+            boxes = outputs[-1]["boxes"].detach()  # no gradient from the next layer's losses
+            masks = None
+            if self.mask_head and len(outputs) > 1:  # not in the first layer: its centers saw one cell
                 masks = mask_prior(outputs[-1]["masks"].detach(), finest, 2**level)
             i = level - 1
             centers = layer(centers, boxes, tokens[i], layouts[i], grid.center_mask, masks)
@@ -1030,7 +1031,7 @@ MATCHES_PER_TARGET = 6, 4, 2  # for the first three predictions; one for the oth
 # l1 and giou are DETR's; label, mask and dice are Mask2Former's; pixel is ours.
 LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)
 NO_OBJECT_WEIGHT = 0.1  # of centers without a target (DETR): they far outnumber the others
-NUM_POINTS = 12_544  # at which a mask is compared (Mask2Former); for 1024 x 1024, all would be 65,536
+NUM_POINTS = 12_544  # at which a mask is compared (Mask2Former); a 1024 x 1024 image has 65,536
 
 
 def num_points(masks):
@@ -1138,7 +1139,7 @@ def matching_cost(output, target, stride, box_classes=None):
 
 
 def matches_per_target(num_layers, centers, targets):
-    """Matches per target in each layer of an image.  At most half of the centers get a target."""
+    """Matches per target in each layer of an image: one, or more for at most half of the centers."""
     most = max(1, centers // (2 * max(1, targets)))
     wanted = [*MATCHES_PER_TARGET, *[1] * num_layers][: num_layers - 1]
     return [min(times, most) for times in wanted] + [1]
@@ -1189,7 +1190,7 @@ def mask_losses(masks, targets, matches, stride):
     masks: logits (B, L, K, h, w).  matches: from match().
     """
     entropy = dice = 0.0 * masks.sum()  # DDP needs all gradients, even without targets
-    # A loop over `masks` makes one gradient for it; each masks[i] would make one of its full size.
+    # Iterating over `masks` gives it one gradient; masks[i] would give a full-size one per image.
     for image, predicted, (layer, center, target, weight) in zip(targets, masks, matches):
         logits, truth = predicted[layer, center].float(), image["masks"]  # (m, h, w), (n, H, W)
         cover = coverage(logits, truth, stride)
@@ -1226,7 +1227,8 @@ def set_losses(output, targets, stride, box_classes=None):
 
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
     box_classes: bool (classes,), the classes that are matched and trained by boxes; None: all.
-    Returns a dictionary of scalars: label, l1, giou; with masks mask and dice; in training pixel.
+    Returns a dictionary of scalars: label, l1, giou; mask and dice
+    if there are masks, and then in training also pixel.
     """
     layers = [*output["aux"], output]
     keys = [key for key in ("logits", "boxes", "masks") if key in output]
@@ -1264,7 +1266,7 @@ def resize_masks(masks, image_size, stride, size):
     image_size: (H, W) of the image without padding.  size: the final (H, W).
     """
     height, width = image_size
-    masks = masks[:, : -(-height // stride), : -(-width // stride)].float()  # crop first: no blur
+    masks = masks[:, : -(-height // stride), : -(-width // stride)].float()  # without padding
     masks = F.interpolate(masks[None], scale_factor=stride, mode="bilinear")[:, :, :height, :width]
     return masks[0] if size == image_size else F.interpolate(masks, size, mode="bilinear")[0]
 
@@ -1297,8 +1299,8 @@ def panoptic_segments(probability, masks, things, threshold=0.25, overlap=0.6):
     """Segment of each pixel: one per center for things, one per class for stuff.  MaskFormer's.
 
     Centers below the threshold (Mask DINO's) are ignored.  A pixel goes to the center whose
-    probability times mask is largest.  A center that wins less than `overlap` of its mask is a
-    duplicate, and gets no segment.
+    probability times mask is largest, if that mask is above 0.5 there.  A center that wins less
+    than `overlap` of its mask is a duplicate, and gets no segment.
     probability: (K, classes).  masks: (K, H, W) logits.  things: list of bool, True: countable.
     Returns ids, int64 (H, W), 0 for none, and a list of {"id", "label", "isthing", "score"}.
     """
@@ -1411,7 +1413,7 @@ class PanopticHead(DenseHead):
     """pan: the segment of each pixel.
 
     Stuff is neither matched nor trained by boxes (Mask DINO, 2022): the box around all the grass in
-    a photograph says little.  (sem trains all classes by boxes, since they are its only priors.)
+    a photograph says little.  (sem trains the boxes of all its classes.)
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -1441,7 +1443,7 @@ TASKS = {  # a new task is one class, with the methods and the constructor of th
 
 
 class ClusterFormer(nn.Module):
-    """Backbone and head.  model(images) is for training, model.predict(images) gives final results."""
+    """Backbone and head.  model(images) is for training; model.predict(images) is for results."""
 
     def __init__(
         self,
