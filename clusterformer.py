@@ -18,66 +18,78 @@ assigned to the centers.  In the M-step every center collects its tokens.  After
 every token receives what its clusters have collected.  The assignment also explains the model: it
 is a picture that shows which pixels each cluster holds.
 
-The paper, as we read it.  We had its abstract, its Figure 2, and its equations as the figure shows
-them or as recalled, but not its full text.  So we say what we read, and not what else it may say.
+The paper, as we read it.  We had its abstract and its Figure 2.  We did not have its full text: what
+is marked "recalled" was known to us from other places.  The paper may say more than is said here.
 
     initial centers   C(0)   = FFN( AdaptivePooling_K(I) )                                  recalled
     E-step            M(t)   = softmax_K( Q(C(t)) K(I)^T )           t = 0 .. T    Eq. 3, Figure 2b
     M-step            C(t+1) = M(t) V(I)                             t < T         Eq. 3, Figure 2b
     dispatching       p_i'   = p_i + MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )      Eq. 6, Figure 2c
 
-This file.  The projections Q, K and V are lowercase here, since K is the number of centers.
+K in softmax_K and 1/K is the number of centers, K = 100 in every stage (recalled); K( ) is the
+projection of the keys.  T = 3, and heads have 32 channels (recalled).  sim is a similarity of center
+and token.  Figure 2b ends with an E-step: M(T) is computed from C(T).
+
+This file.  The projections are written q, k and v here.
 
     initial centers   C(0)   = pool(I) + FFN(pool(I))
     E-step            M(t)   = softmax_K( S(t) ),  S(t) = scale * cos( q(C(t)), k(I) )         t < T
     M-step            C(t+1) = C(t) + weighted mean of v(I), weights M(t) exp(S(t))            t < T
     dispatching       p_i'   = p_i + sum_k M_ki(T-1) MLP(C_k(T))
 
-Where they differ.  A dash: what we read does not say.
+The differences.  A dash means that what we read does not say.
 
     equation       the paper, as we read   here                      why
     -------------  ----------------------  ------------------------  -------------------------------
-    C(0): FFN      of the pooled mean      is added to the pooled    a new center is the mean of its
-                                           mean and starts at zero   cell: it attracts its like
-    K              100 in every stage      at most 10 x 10, cells    a cluster of a single token has
-                                           of at least 2 x 2 tokens  nothing to aggregate
-    S              dot product             scale * cosine, a scale   by dot products, long vectors
-                                           per head, at most 50      win whatever their direction
+    C(0): FFN      of the pooled mean      is added to the pooled    an untrained center is then the
+                                           mean, and starts at zero  mean of its cell, and attracts
+                                                                     tokens that look like it
+    K              100 in every stage      at most 10 x 10, with     a cluster of a single token has
+                                           cells of 2 x 2 tokens or  nothing to aggregate
+                                           more
+    S              dot product             scale * cosine, with a    with a dot product, long
+                                           learned scale per head,   vectors win the softmax, in
+                                           at most 50                whatever direction they point
     q, k, v:       -                       the identity              queries match keys from the
     start                                                            first step
-    q, k, v:       -                       d x d in each head        D x D costs D / d times as much
-    size
-    heads          of 32 channels          of 64 channels            half as many maps M
-    E-steps        T + 1: C(T) is          T: C(T) is dispatched     one pass over all N x K pairs
-                   dispatched with M(T)    with M(T-1)               less
-    M-step:        M                       M exp(S)                  M sums to 1 even for a token
-    weights                                                          that looks like no center
-    M-step: norm   sum                     mean                      a sum grows with N
-    M-step:        replaces C              is added to C, as in      an empty cluster stays in
-    update                                 kMaX-DeepLab (2022)       place; gradients reach C(0)
-    M-step:        -                       a head compares d         it learns what it does not
-    channels                               channels, and collects    know yet, and other heads
-                                           every h-th channel        compare it next
-    sim            a similarity            M(T-1); 1/K cancels       it is there already
-    MLP            outside of the sum      inside of the sum         K times instead of N times
-    block          -                       also a depthwise 3 x 3    clusters ignore neighborhood;
-                                           convolution, first, and   the convolution does not
-                                           an MLP on tokens, last
-    positions      -                       a linear map of (y, x)    so centers can tell places
-                                           is added to the tokens    apart
-    stem           -                       two 3 x 3 / 2             edges take fewer steps to learn
-                                           convolutions              than with one 4 x 4 / 4
-    downsampling   -                       3 x 3 / 2 convolution     as in the release; patches
-                                                                     overlap
-    widths         those of Swin           Swin's; MLPs of ratio 1,  Tiny has 27.0 M parameters;
-                                           2 (centers), 2 (tokens)   28 M are cited for the paper's
+    q, k, v:       -                       d x d in each head        D x D would cost D / d times as
+    size                                                             much
+    heads          of 32 channels          of 64 channels or a few   half as many maps M to compute
+                                           more
+    E-steps        T + 1: C(T) is          T: C(T) is dispatched     one E-step fewer
+                   dispatched with M(T)    with M(T-1)
+    M-step:        M                       M exp(S)                  a token that looks like no
+    weights                                                          center still has a total
+                                                                     assignment of 1; exp(S) makes
+                                                                     its weight small
+    M-step: norm   sum                     mean                      a sum would grow with N
+    M-step:        replaces C              is added to C, as in      an empty cluster keeps its
+    update                                 kMaX-DeepLab (2022)       center; gradients reach C(0)
+    M-step:        -                       a head compares d         the center learns something new
+    channels                               neighboring channels,     in channels that the head has
+                                           and collects every h-th   not compared
+    sim            a similarity            K M_ki(T-1), so 1/K       it has already been computed
+                                           cancels
+    MLP            outside of the sum      inside of the sum         it runs K times, not N times
+    block          -                       a depthwise 3 x 3         clusters ignore where tokens
+                                           convolution comes first,  are; the convolution relates
+                                           an MLP on tokens last     neighbors
+    positions      -                       a linear map of (y, x)    centers can tell places apart
+                                           is added to the tokens
+    stem           -                       two 3 x 3 / 2             edges are learned in fewer
+                                           convolutions              steps than with one 4 x 4 / 4
+    downsampling   -                       3 x 3 / 2 convolution     patches overlap, as in the
+                                                                     released code
+    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 27.0 M parameters; a
+                                           FFN D, MLPs 2 D           later paper lists 28 M for the
+                                                                     paper's Tiny
 
-The authors' released code is another method than these equations, so it cannot serve to check them.
-Its centers attend to tokens with a softmax over the N tokens (over K in its first version).  Then
-each token goes to its single most similar center, by sigmoid(beta + alpha cos).  A center becomes
-the mean of its tokens and of its pooled start, and a token takes back its center times the
-similarity.  There is no FFN on the centers, no MLP in dispatching, and no detection or segmentation
-code.  Its stem is one 4 x 4 / 4 convolution of RGB and two coordinate channels.
+The authors' released code is a different method, and cannot serve to check these equations.  Its
+centers attend to tokens with a softmax over the N tokens (over K in its first version).  Each token
+then goes to its single most similar center, by sigmoid(beta + alpha cos).  A center becomes the mean
+of these tokens and its own pooled start, and a token receives its center times the similarity.  The
+release has no FFN on the centers, no MLP in dispatching, and no detection or segmentation.  Its stem
+is one 4 x 4 / 4 convolution of RGB and two coordinate channels.
 
 LETTERS, in equations and in the shapes at the ends of lines:
 
@@ -88,8 +100,8 @@ LETTERS, in equations and in the shapes at the ends of lines:
     D     channels                       S     similarity of centers and tokens, shaped like M
     h, d  heads; channels of a head      T     EM iterations
 
-MARKS.  "Paper" says that a class or line follows the equations above, and where we read them.  A
-name with a year says that it is taken from that work.  "Ours" is this project's own.
+MARKS.  "Paper" marks what follows the paper as we read it, with the place in parentheses.  A name
+with a year marks what is taken from that work.  "Ours" marks what is this project's own.
 
 THE FILE runs in the order of the data: initial centers (1), clustering (2), dispatching (3), block
 (4), backbone (5), classification (6); for the dense tasks neck, boxes and priors (7), decoder (8),
@@ -104,17 +116,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# depths, channels: of the four stages; tiny and small have those of Swin-T and Swin-S (Paper), nano is
-# ours, for CPUs and small images.  dim: channels of neck and decoder.  levels: the map that each
-# decoder layer clusters, 1, 2, 3 for strides 8, 16, 32.  drop_path: for training at full scale.
+# depths and channels are those of the four stages. Tiny and small have Swin-T's and Swin-S's
+# (Paper); nano is ours, for CPUs and small images. dim is the width of neck and decoder. levels
+# says which
+# map each decoder layer clusters: 1, 2, 3 for strides 8, 16, 32. drop_path is a suggestion for
+# training
+# at full scale: train.py passes it on, ClusterFormer itself starts without stochastic depth.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
     "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 3  # of the weights: raised when older weights have other names or give other results
-HEAD_DIM = 64  # channels per head; a stage with fewer has one head
+VERSION = 3  # of saved weights: raised when older ones would not fit, or would mean something else
+HEAD_DIM = 64  # a stage has channels // 64 heads, and at least one
 GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100 (Paper)
 CENTER_RATIO = 1, 2  # hidden width of the MLPs on centers, in units of D: initial, dispatching
 TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
@@ -127,11 +142,11 @@ class Layout(NamedTuple):
     """Where the images of a batch lie in a map of H x W tokens.  Computed once per map.  Ours.
 
     Images lie at the top left, and padding fills the rest.  Masks tell which tokens and centers are
-    real; None means all.  If all images have the same size, 1 stands in place of B.
+    real; None means all.  If every image fills the map, 1 stands in place of B.
     """
 
-    row_pool: torch.Tensor  # (B, kh, H)  its row a averages the map's rows in row a of the grid
-    column_pool: torch.Tensor  # (B, kw, W)  the same across
+    row_pool: torch.Tensor  # (B, kh, H)  averages the rows of tokens in each row of the grid
+    column_pool: torch.Tensor  # (B, kw, W)  averages the columns in each column of the grid
     y: torch.Tensor  # (B, H)  vertical position of each row in its image, from -0.5 to 0.5
     x: torch.Tensor  # (B, W)  horizontal position of each column
     token_mask: torch.Tensor | None  # (B, H, W)  bool, True for image, False for padding
@@ -140,7 +155,7 @@ class Layout(NamedTuple):
 
 
 def to_device(values, device):
-    """Copy a small CPU tensor to a device; from pinned memory, since others make the CPU wait."""
+    """Copy a small CPU tensor to a device through pinned memory: otherwise the CPU would wait."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
@@ -152,8 +167,8 @@ def pooling_matrix(lengths, size, min_cell=2):
     lengths: (B,) int64, length of each image in tokens.  size: of the map, >= every length.
     min_cell: a side has one cell per `min_cell` tokens, rounded up, and at most GRID cells.
     Returns (B, k, size) float32, rows summing to 1 (to 0 for cells that an image does not have),
-    and (B, k) bool, True for cells that it has.  Cells are those of torch's adaptive pooling: as
-    even as integers allow, overlapping by a token where the length is not divisible.
+    and (B, k) bool, True for cells that it has.  Cells are those of torch's adaptive pooling: if
+    the border between two cells lies inside of a token, they share that token.
     """
     fill = min_cell - 1
     cell = torch.arange(min(GRID, (size + fill) // min_cell), device=lengths.device)[:, None]  # (k, 1)
@@ -177,10 +192,10 @@ def make_layout(height, width, sizes=None, device=None, min_cell=2):
     """Layout of a map of height x width tokens.
 
     sizes: (B, 2) int64 on the CPU, heights and widths of the images in tokens; None: all fill the
-        map.  On the CPU, because they decide whether masks are needed, and reading that from a GPU
-        would stall it.
+        map.  They are on the CPU because they decide whether masks are needed: if they were on
+        the GPU, the CPU would have to wait for them.
     min_cell: minimum side of a grid cell in tokens.  Large maps use the full 10 x 10 grid anyway.
-        On small ones, a cluster of a single token would have nothing to aggregate: hence 2.
+        On small ones it is 2, since a cluster of a single token has nothing to aggregate.
     """
     device = torch.device("cpu") if device is None else device
     if sizes is None:
@@ -211,8 +226,8 @@ def pool_centers(x, layout):
 def prenorm_mlp(dim, ratio):
     """A residual branch: norm, D -> ratio * D -> D.
 
-    Ours: the last layer is zero-initialized, so that a residual block starts as the identity, and
-    each branch grows only as far as it helps.
+    Ours: the last layer is zero-initialized.  A residual branch thus adds nothing at first, and
+    grows with training.
     """
     layers = [nn.LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)]
     nn.init.zeros_(layers[-1].weight)
@@ -253,7 +268,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
     """T iterations of EM between K centers and N tokens, in each head separately.
 
         E-step    M(t)   = softmax_K( S(t) ),   S(t) = scale * cos( q(C(t)), k(I) )
-        M-step    C(t+1) = C(t) + mean of v(I), in which token i weighs M_ki(t) exp(S_ki(t))
+        M-step    C(t+1) = C(t) + mean of v(I), in which token i has the weight M_ki(t) exp(S_ki(t))
 
     One iteration, in one head, for one image:
 
@@ -274,20 +289,21 @@ class RecurrentCrossAttentionClustering(nn.Module):
     a recurrence, not a stack of T layers.
 
     Ours, beyond the table in the header:
-    - exp(S): M compares centers for one token; exp(S) compares tokens for one center.  Tokens that
-      look like no center are divided among all of them, and would blur their means.  A larger scale
-      cannot prevent it: it sharpens the choice between centers, but M still sums to 1.
-    - The update: C(T) is C(0) plus T means, so its norm grows with T.  That is harmless: the cosine
-      ignores it, and everything that reads C(T) normalizes first.
-    - Channels: head j compares the neighboring channels j d .. j d + d - 1, but collects the
-      channels j, j + h, j + 2 h, ...  Tokens that agree in the compared channels have a mean that
-      says little new there.  The collected channels are mostly others, which other heads compare
-      in the next iteration.
+    - exp(S).  M compares the centers for one token; exp(S) compares the tokens for one center.
+      Without exp(S), tokens that look like no center would be divided among all centers, and would
+      blur their means.  A larger scale does not help: the total assignment of such a token stays 1.
+      A bias added to S counts twice in the weights, in M and in exp(S).
+    - The update.  C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the
+      cosine ignores the norm, and everything that reads C(T) normalizes it first.
+    - Channels.  Head j compares the channels j d .. j d + d - 1, but collects j, j + h, j + 2 h, ...
+      Tokens that agree in the compared channels have a mean that says little new in these channels.
+      It says more in the others, which other heads compare in the next iteration.  A single head
+      compares and collects all channels.
 
-    Cost: each head has N * K numbers in S, M and the weights.  An iteration makes about six passes
-    over them, and training keeps M and the weights of every iteration.  In the code, heads come
-    before images: a projection is then one product for the whole batch, where (B, h, ...) would
-    copy its weight and sum its gradient for every image.
+    Cost: S and M have N * K numbers per head.  An iteration makes about six passes over them, and
+    training keeps three such tensors per iteration.  So the code avoids further passes, such as
+    casts of M.  Heads come before images in all shapes: with (B, h, ...), matmul would copy the
+    projections for every image.
     """
 
     def __init__(self, dim, num_heads, iterations=3, scale=10.0):
@@ -297,7 +313,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.num_heads, self.iterations = num_heads, iterations
         identity = torch.eye(dim // num_heads).expand(num_heads, -1, -1)
         self.q, self.k, self.v = (nn.Parameter(identity.clone()) for _ in range(3))  # (h, d, d)
-        # Scale 10: a center that equals a token gets e^10 times the share of an orthogonal center.
+        # With scale 10, a center that equals a token gets e^10 times what an orthogonal one gets.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
@@ -314,12 +330,12 @@ class RecurrentCrossAttentionClustering(nn.Module):
         Returns C(T), (B, K, D), and M(T-1), (B, h, K, N), which is zero for padding.
         """
         if self.training:
-            with torch.no_grad():  # the parameter itself; a clamp of its use would stop its gradient
+            with torch.no_grad():  # not in the graph: above the limit, its gradient would be zero
                 self.log_scale.clamp_(max=math.log(50.0))  # at 50, softmax is nearly an argmax
         size, tokens = tokens.shape[1:-1], tokens.flatten(1, -2)  # (B, N, D)
         keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
-        interleaved = tokens.unflatten(-1, (-1, self.num_heads)).mT  # (B, N, h, d), head j has j, j + h, ..
-        # float32 also under autocast: softmax returns it anyway, and a cast of M would be a pass.
+        interleaved = tokens.unflatten(-1, (-1, self.num_heads)).mT  # (B, N, h, d)
+        # float32 also under autocast: softmax returns float32 anyway.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         keys = F.normalize(keys.to(dtype), dim=-1)
         values = self.project(interleaved, self.v).to(dtype)  # (h, B, N, d)
@@ -336,11 +352,11 @@ class RecurrentCrossAttentionClustering(nn.Module):
                 S = keys @ (scale * F.normalize(queries, dim=-1)).mT  # (h, B, N, K)
                 S = S if bias is None else S + bias
                 M = S.softmax(-1)  # over K (Paper)
-                M = M if real is None else M * real  # 0 for padding; a row of -inf would be NaN
+                M = M if real is None else M * real  # not -inf in S: a row of -inf would give NaN
                 # M-step.
-                weights = M * S.exp_()  # (h, B, N, K); in place, since S is not needed again
+                weights = M * S.exp_()  # (h, B, N, K)
                 mass = weights.sum(-2, keepdim=True)  # (h, B, 1, K)
-                mass = mass.masked_fill(mass < 1e-30, 1.0)  # an empty cluster: mean 0, C stays
+                mass = mass.masked_fill(mass < 1e-30, 1.0)  # an empty cluster has mean 0
                 means = values.mT @ weights / mass  # (h, B, d, K)
                 centers = centers + means.permute(1, 3, 2, 0).flatten(2)  # (B, K, D)
                 if self.history is not None:
@@ -359,11 +375,12 @@ class FeatureDispatching(nn.Module):
         Paper (Eq. 6, Figure 2c)   MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )
         Ours                       sum_k M_ki(T-1) MLP(C_k(T))
 
-    Ours is the paper's with sim = K M, so that 1/K cancels, and with the MLP inside of the sum.
-    Each head uses its own M.  M(T-1) made C(T), but was computed from C(T-1); in the paper's figure
-    one more E-step gives M(T).  The MLP matters: tokens of a cluster look alike, so without it each
-    would receive little more than a blurred copy of itself.  Channels are not interleaved here,
-    because the MLP mixes them all.
+    Ours is the paper's with sim(C_k, p_i) = K M_ki, so that 1/K cancels, and with the MLP inside of
+    the sum.  Each head uses its own M. We take M(T-1), which was computed from C(T-1).  Figure 2b
+    has one more E-step, which computes M(T) from C(T).  The MLP matters.  The tokens of a cluster
+    look alike, so without it a token would receive little more than a blurred copy of itself.  It
+    also mixes all channels, so they need not be interleaved.  The classification head and the
+    decoder have no dispatching: there, the centers are the result.
     """
 
     def __init__(self, dim, num_heads):
@@ -374,7 +391,7 @@ class FeatureDispatching(nn.Module):
     def forward(self, centers, assignment):
         """centers: (B, K, D).  assignment: (B, h, K, N).  Returns (B, N, D), at first zero."""
         heads = self.mlp(centers).unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, K, d)
-        with torch.autocast(centers.device.type, enabled=False):  # a cast of M would be a pass
+        with torch.autocast(centers.device.type, enabled=False):  # M is float32
             received = assignment.permute(1, 0, 3, 2) @ heads.to(assignment.dtype)  # (h, B, N, d)
         return received.permute(1, 2, 0, 3).flatten(2)  # (B, N, D)
 
@@ -383,22 +400,22 @@ class FeatureDispatching(nn.Module):
 # 4. The block
 # --------------------------------------------------------------------------------------------------
 def mask_padding(x, layout):
-    """Set the padding of a map (B, H, W, D) to zero, as convolutions expect it beyond a border."""
+    """Set the padding of a map (B, H, W, D) to zero, the value that convolutions pad with."""
     return x if layout.token_mask is None else x * layout.token_mask[..., None]
 
 
 class ClusterBlock(nn.Module):
     """One layer of the backbone.
 
-        x    = x + DepthwiseConv(x)       Ours: relates neighbors
-        I    = norm(x)
-        C, M = cluster(initial(I), I)     Paper (Figure 2a): recurrent cross-attention clustering,
-        x    = x + dispatch(C, M)         then feature dispatching
-        x    = x + MLP(x)                 Ours: each token on its own, as in any transformer
+        x    = x + DepthwiseConv(x)       Ours
+        I    = norm(x)                    Ours
+        C, M = cluster(initial(I), I)     Paper (Figure 2a): recurrent cross-attention clustering
+        x    = x + dispatch(C, M)         Paper (Figure 2a): feature dispatching
+        x    = x + MLP(x)                 Ours: works on each token alone, as in any transformer
 
-    The convolution has no norm, is never dropped and does not start at zero, unlike the branches
-    below it.  It is linear, and it prepares the tokens that are clustered: it is part of the path,
-    not a branch.  A new block is its convolution, and nothing else.
+    The convolution relates neighbors.  It has no norm, is never dropped and does not start at zero,
+    unlike the branches below it: it is linear, and it prepares the tokens that are clustered.
+    Before training, a block computes x + DepthwiseConv(x).
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0):
@@ -498,7 +515,7 @@ class Backbone(nn.Module):
         )
         # Ours: three quarters of the first-layer filters are zero-centered and scaled by 5, so that
         # they respond to contrast from the start.  Neighboring pixels are nearly equal, so random
-        # filters mostly see brightness.  Batch normalization would tie an image to its batch.
+        # filters mostly respond to brightness.
         edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, 3, 3)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
@@ -524,15 +541,16 @@ class Backbone(nn.Module):
             x = x * image_mask(*x.shape[-2:], to_device(sizes, x.device))[:, None]
             sizes = -(-sizes // patch)
         x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch))  # to multiples of the patch
-        # Between the two convolutions, padding needs no mask.  A 3 x 3 / 2 convolution reads rows
-        # 2i - 1 .. 2i + 1 of an even number: it never reads below the last row of a whole patch.
+        # No mask is needed between the two convolutions. Row i of the second one's output reads
+        # rows 2i - 1 .. 2i + 1 of its input. Each image has an even number of rows there, so its
+        # last row of tokens reads none of the padding below it.
         x = self.stem(x).permute(0, 2, 3, 1)  # (B, H, W, D)
         layout = make_layout(x.shape[1], x.shape[2], sizes, x.device)
         y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
         return self.embed_norm(x + self.coordinates(torch.stack([y, x_], -1))), layout
 
     def features(self, images, sizes=None):
-        """forward() for heads that go on with tokens: four maps (B, H, W, C), and their layouts."""
+        """What forward() computes, as heads need it: four maps (B, H, W, C), and their layouts."""
         x, layout = self.embed(images, sizes)
         maps, layouts = [], []
         for i, blocks in enumerate(self.stages):
@@ -570,10 +588,10 @@ class ClassificationHead(nn.Module):
         logits = bias + weight mean_k norm(C_k)
 
     Ours: what we read of the paper does not describe this head.  Everything after the norm is
-    linear, so a logit is exactly the bias plus one contribution per center.  A center is a sum of
-    tokens: the mean of a cell, plus T means of values.  If the weights of these means and the norm's
-    divisor are held as they came out, a contribution is a sum over tokens, and the explanation adds
-    up (explain() in eval.py).  So there is no FFN on C(0) here: it would break this sum.
+    linear, so a logit is exactly a bias plus one contribution per center.  A center is a sum of
+    tokens: the mean of a cell, plus T means of values.  With the weights of these means and the
+    norm's divisor held fixed, a contribution is a sum over tokens: an explanation that adds up.  An
+    FFN on C(0) would break this sum, so there is none here.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -586,7 +604,7 @@ class ClassificationHead(nn.Module):
         self.classifier = nn.Linear(dim, num_classes)
 
     def forward(self, maps, layouts):
-        """maps: of the backbone, (B, H, W, C); the last one is used.  Returns {"logits": (B, classes)}."""
+        """maps: of the backbone, (B, H, W, C); only the last is used.  Returns logits (B, classes)."""
         tokens, layout = self.norm(maps[-1]), layouts[-1]
         bias = center_bias(layout.center_mask)
         C, _ = self.cluster(self.initial(tokens, layout), tokens, layout.token_mask, bias)
@@ -596,7 +614,7 @@ class ClassificationHead(nn.Module):
         else:
             real = layout.center_mask[..., None].to(C.dtype)
             mean = (C * real).sum(1) / real.sum(1)
-        with torch.autocast(mean.device.type, enabled=False):  # bfloat16 ties the likely classes
+        with torch.autocast(mean.device.type, enabled=False):  # bfloat16 would often tie them
             return {"logits": self.classifier(mean.to(self.classifier.weight.dtype))}
 
     def loss(self, output, targets):
@@ -621,17 +639,19 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and priors.  From here on, a cluster is an object
 #
 # Paper (abstract, and as recalled): these tasks are solved by the same clustering, in a decoder of
-# six layers of recurrent cross-attention with 100 centers.  What we read does not say more.  All
-# else in sections 7 to 11 is taken from the work that is named beside it, or ours.
+# six layers of recurrent cross-attention with 100 centers. What we read does not say more. All else
+# in sections 7 to 11 is taken from the work that is named beside it; numbers without a name are
+# ours. "Previous" boxes and masks are those that a center predicted one layer before.
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
-    """Maps of one width D, in which each token also knows what coarser maps see.  FPN (2017).
+    """Bring all maps to the same width D, and add what coarser maps see.  FPN (Lin et al., 2017).
 
         x_s   = lateral(norm(I_s)) + upsampled top_down(norm(out_2s))     s: stride, coarse to fine
         out_s = x_s + DepthwiseConv(x_s)
 
-    Ours: the top-down path is zero-initialized; coarse features become useful late, and would only
-    add noise before that.  Only the convolution needs a mask: all else works token by token.
+    Ours: the depthwise convolution; and a top-down path that is zero-initialized, because coarse
+    features become useful late, and would only add noise before that.  Only the convolution needs
+    a mask: all else works token by token.
     """
 
     def __init__(self, channels, dim):
@@ -660,16 +680,16 @@ class Neck(nn.Module):
 def cell_boxes(layout):
     """Boxes of the grid cells, which the decoder starts from: (B or 1, K, 4) cxcywh.  Ours.
 
-    A box follows from the mean and variance of the positions in its cell: positions spread evenly
-    over a side of length L have the variance L^2 / 12.
+    It follows from the mean and the variance of the positions in a cell: positions that are spread
+    evenly over a length have the variance length^2 / 12.
     """
     centers, sides = [], []
     for pool, position in ((layout.column_pool, layout.x), (layout.row_pool, layout.y)):
         mean = (pool * position[:, None]).sum(-1)  # (B, kw), then (B, kh)
         variance = (pool * (position[:, None] - mean[..., None]) ** 2).sum(-1)
-        half_token = 0.5 + position[:, :1]  # the first token's middle, seen from the border at -0.5
+        half_token = 0.5 + position[:, :1]  # from the border of the image to its first token's middle
         centers.append(mean + 0.5)
-        sides.append((12 * variance + 4 * half_token**2).sqrt())  # tokens have a side of their own
+        sides.append((12 * variance + 4 * half_token**2).sqrt())  # + a token's own side
     (x, y), (width, height) = centers, sides
     columns, rows = torch.stack([x, width], -1)[:, None], torch.stack([y, height], -1)[:, :, None]
     return torch.stack(torch.broadcast_tensors(columns, rows), -1).flatten(3).flatten(1, 2)
@@ -682,7 +702,7 @@ def cxcywh_to_xyxy(boxes):
 
 
 def iou_and_giou(a, b):
-    """IoU and generalized IoU (Rezatofighi et al., 2019), which also ranks boxes that lie apart.
+    """IoU and generalized IoU (Rezatofighi et al., 2019), which also compares disjoint boxes.
 
     a, b: (..., 4) xyxy, of shapes that broadcast.  Returns two tensors (...).
     """
@@ -701,18 +721,18 @@ def pairwise_iou(boxes):
     return iou * (1 - torch.eye(iou.shape[1], device=iou.device))
 
 
-# How the last box and mask guide a center.  Everything is measured in sides of the box:
+# How the previous box and mask of a center are used:
 #
-#      12 x 12 mask samples          QUADRANTS.  Head 0 clusters tokens around a, head 1 around b, head
-#     . . . . . . . . . . . .        2 around c, head 3 around d, under a Gaussian whose sigma is a
-#     . +-----------------+ .        quarter of the quadrant's side.
+#      12 x 12 mask samples          QUADRANTS.  The center clusters tokens near its box: head 0 around a,
+#     . . . . . . . . . . . .        head 1 around b, head 2 around c, head 3 around d, each with a
+#     . +-----------------+ .        Gaussian whose sigma is a quarter of the quadrant's side.
 #     . |        |        | .
-#     . |   a    |    b   | .        DISTANCE from the box: 0 in the middle x, 1 in the middle of a
-#     . |        |        | .        side, 2 in a corner, 8 in the corners of a box of twice the size.
+#     . |   a    |    b   | .        SQUARED DISTANCE from the box, in units of half its sides: 0 in the
+#     . |        |        | .        middle x, 1 in the middle of each side, 2 in the corners.
 #     . |--------x--------| .
-#     . |        |        | .        MASK SAMPLES.  The class is also read from 12 x 12 samples of the
-#     . |   c    |    d   | .        mask, from a tenth of a side outside of the box to a tenth outside
-#     . |        |        | .        on the other side: a silhouette, alike for small and large objects.
+#     . |        |        | .        MASK SAMPLES.  The classifier also sees 12 x 12 samples of the mask,
+#     . |   c    |    d   | .        which reach a tenth of a side beyond the box: a silhouette, at the
+#     . |        |        | .        same scale for small and large objects.
 #     . +-----------------+ .
 #     . . . . . . . . . . . .
 def box_distance(boxes, layout):
@@ -727,38 +747,41 @@ def box_distance(boxes, layout):
     return vertical[..., None] + horizontal[:, :, None]
 
 
-QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # middles, from the box's
+# Offsets (x, y) of the middles of a, b, c, d from the middle of the box, in its sides.
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)
 
 
 def box_prior(boxes, layout):
-    """Log of a Gaussian over a quadrant of the box for each head: each center clusters tokens there.
+    """Log prior of where a center's tokens are: in head j, a Gaussian over quadrant j of its box.
 
-    After SMCA (2021), which adds a Gaussian around a predicted point to the attention logits.  Ours:
-    a quadrant per head.  The mean over a whole object says what it consists of, but not how that is
-    arranged; over quadrants, a corner at the top left and one at the bottom right differ.
+    After SMCA (Gao et al., 2021), which adds a Gaussian around a predicted point to the attention
+    logits.  Ours: a quadrant per head.  The mean over a whole object says what the object consists
+    of, but not how it is arranged.  With quadrants, a corner at the top left and a corner at the
+    bottom right are different features.
     boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (4, B, N, K).
     """
     x, y, width, height = boxes.unbind(-1)  # (B, K) each
-    # A quadrant is at least a token wide (1 + 2 * position[0] is a token's side).  A narrower one
-    # could lie between tokens: all would be equally far, and the center would collect the image.
+    # A quadrant is at least one token wide; 1 + 2 * position[0] is the side of a token. A narrower
+    # one could lie between the tokens. The limit of -20 below would then make all tokens equally
+    # likely.
     wide = torch.maximum(width / 2, 1 + 2 * layout.x[:, :1])
     high = torch.maximum(height / 2, 1 + 2 * layout.y[:, :1])
     prior = []
     for right, down in QUADRANTS:
         quadrant = torch.stack([x + right * width, y + down * height, wide, high], -1)
         prior.append(-2 * box_distance(quadrant, layout).flatten(2).mT)  # -2: sigma is side / 4
-    # At least -20: in a box without tokens, weights and their sum would be 0 in float32.
+    # At least -20: otherwise all weights of a box that is far from every token would underflow.
     return torch.stack(prior).clamp(min=-20)
 
 
 def mask_prior(masks, finest, factor):
-    """Log-probability of the last masks, for the tokens: Mask2Former's masked attention, but soft.
+    """Log prior from the previous masks.  It is a soft form of Mask2Former's masked attention (2022).
 
-    A box also holds what is around and in front of an object; its mask does not.
-    masks: logits (B, K, H, W).  finest: their layout.  factor: a token is factor x factor of their
-    pixels.  Returns (B, N, K), at least -10: a center with a wrong mask still sees its box.
+    A box also holds what is around an object and in front of it; the mask of the object does not.
+    masks: logits (B, K, H, W).  finest: their layout.  factor: a token covers factor x factor of
+    their pixels.  Returns (B, N, K), at least -10: a center with a wrong mask still sees its box.
     """
-    pool = lambda x: F.avg_pool2d(x, factor, ceil_mode=True)  # at the border, over what is there
+    pool = lambda x: F.avg_pool2d(x, factor, ceil_mode=True)  # at the border, of existing pixels
     masks = masks.float()
     if finest.token_mask is None:
         masks = pool(masks)
@@ -774,29 +797,30 @@ def mask_prior(masks, finest, factor):
 class DecoderLayer(nn.Module):
     """Centers collect tokens from one map, then look at each other.
 
-        C, M = cluster(norm(C), I)     Paper; the priors of box and mask as its bias are not
-        C    = C + attention(norm(C))  DETR (2020); ours: biased by the overlap of boxes
-        C    = C + FFN(C)              DETR
+        C, M = cluster(norm(C), I)     Paper; the bias, log priors of box and mask, is ours
+        C    = C + attention(norm(C))  DETR (2020); the bias, the overlap of boxes, is ours
+        C    = C + FFN(C)              DETR (2020)
 
-    cluster returns norm(C) plus means, so C is normalized once per layer, and cannot grow with depth.
-    Overlap attracts attention, not centers: two centers whose boxes overlap may hold the same
-    object, and have to see each other to decide which of them keeps it.
+    cluster returns norm(C) plus means.  So C is normalized once per layer, and cannot grow with
+    depth.  Two centers whose boxes overlap may have found the same object.  They must see each
+    other to
+    decide which of them keeps it: so overlap raises the attention between them.
     """
 
     def __init__(self, dim, iterations=3):
         super().__init__()
         self.norm, self.attention_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        # A scale of 2, not 10: objects are collected whole, parts that look different included.
+        # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // 32), batch_first=True)
-        # From 0 in the first head (overlap ignored) to 8 in the last (e^8 times the attention).
+        # Learned.  It starts at 0 in the first head, and at 8 in the last: e^8 times the attention.
         self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
     def forward(self, centers, boxes, tokens, layout, center_mask=None, masks=None):
-        """centers: (B, K, D).  boxes: (B, K, 4), their last ones.  tokens: map (B, H, W, D).
+        """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).
 
-        layout: of the map.  center_mask: bool (B, K), or None.  masks: mask_prior of their last
+        layout: of the map.  center_mask: bool (B, K), or None.  masks: mask_prior of the previous
         masks, (B, N, K), or None.  Returns centers (B, K, D).
         """
         bias = box_prior(boxes, layout)  # (4, B, N, K)
@@ -815,10 +839,10 @@ class DecoderLayer(nn.Module):
 
 
 def class_probability(logits):
-    """Softmax over classes and "no object", whose logit is 0 (DETR): (..., classes), same shape.
+    """Softmax over the classes and "no object": (..., classes) -> (..., classes).  After DETR (2020).
 
-    DETR's successors use sigmoids and the focal loss.  Ours is a softmax again: with focal loss,
-    centers learn to predict "no object" long before they learn to discriminate classes.
+    Ours: the logit of "no object" is 0.  DETR's successors use sigmoids and the focal loss.  With
+    these, centers learn to predict "no object" long before they learn to discriminate classes.
     """
     return F.pad(logits.float(), (0, 1)).softmax(-1)[..., :-1]
 
@@ -831,11 +855,11 @@ def mlp(dim, out):
 
 
 class BoxHead(nn.Module):
-    """A center's box: its anchor, moved and stretched, then clipped to the image.
+    """The box of a center: its anchor (the previous box), moved, stretched and clipped to the image.
 
-    That each layer refines the last box is Deformable DETR's (2021).  Ours: in units of the anchor's
-    sides.  A center's features come from quadrants of the anchor, so the same features ask for the
-    same correction, wherever the object is and however large.
+    Each layer refines the previous box, as in Deformable DETR (2021).  Ours: it does so in units of
+    the anchor's sides.  The features of a center come from quadrants of its anchor.  So the same
+    features ask for the same correction, wherever the object is and however large it is.
     """
 
     def __init__(self, dim):
@@ -845,10 +869,10 @@ class BoxHead(nn.Module):
         nn.init.zeros_(self.delta[-1].bias)
 
     def forward(self, centers, anchors):
-        """centers: (B, K, D).  anchors: (B, K, 4) cxcywh as fractions of the image.  Returns boxes."""
+        """centers: (B, K, D).  anchors: (B, K, 4), cxcywh as fractions.  Returns boxes (B, K, 4)."""
         move, stretch = self.delta(centers).float().chunk(2, -1)
         middle, sides = anchors[..., :2], anchors[..., 2:].clamp(min=0.01)
-        # At most e^4, from 2 % of the image to all of it.
+        # The limit, e^4 = 55, still takes a box of 2 % of the image to all of it.
         box = torch.cat([middle + sides * move, sides * stretch.clamp(max=4).exp()], -1)
         low, high = cxcywh_to_xyxy(box).clamp(0, 1).chunk(2, -1)
         return torch.cat([(low + high) / 2, high - low], -1)
@@ -859,10 +883,12 @@ class MaskHead(nn.Module):
 
         mask logits = MLP(C) . E - 2 falloff(C) min(distance, 8)
 
-    The product is Mask2Former's (2022).  Ours: the distance from the box.  A center predicts how
-    much it counts, falloff > 0: large for one object among similar ones, small for the sky.
-    Ours: in training, pixels also predict their classes.  A mask and the class of its center must
-    find each other before they can teach the pixels; this loss teaches them from the first step.
+    distance is box_distance.  The dot product is Mask2Former's (2022).  Ours: the distance from the
+    box.  A center predicts falloff > 0, how much the distance counts: much for one object among
+    similar ones, little for the sky.
+    Ours: in training, pixels also predict their own classes.  A mask teaches the pixels little
+    until its center has found an object and its class; this loss teaches the pixels from the first
+    step.
     """
 
     def __init__(self, dim, num_classes):
@@ -873,7 +899,7 @@ class MaskHead(nn.Module):
         self.center = mlp(dim, dim)
         self.falloff = nn.Linear(dim, 1)  # its log
         nn.init.zeros_(self.falloff.weight)
-        nn.init.constant_(self.falloff.bias, math.log(0.25))  # a gentle start: -1 in the box's corner
+        nn.init.constant_(self.falloff.bias, math.log(0.25))  # a logit is 1 lower in a corner of the box
 
     def embed_pixels(self, x):
         """Embeddings E from the finest map of the neck, (B, H, W, D); all layers share them."""
@@ -882,7 +908,7 @@ class MaskHead(nn.Module):
     def forward(self, centers, boxes, embeddings, layout):
         """centers: (B, K, D).  boxes: (B, K, 4).  embeddings: (B, H, W, D).  Returns (B, K, H, W)."""
         falloff = self.falloff(centers).float().exp()[..., None]  # (B, K, 1, 1)
-        distance = box_distance(boxes, layout).clamp(max=8)  # beyond twice the box, all is far
+        distance = box_distance(boxes, layout).clamp(max=8)  # far away, distance does not matter
         masks = torch.einsum("bkd,bhwd->bkhw", self.center(centers), embeddings)
         return masks - (2 * falloff * distance).to(masks.dtype)
 
@@ -891,7 +917,7 @@ MASK_SAMPLES = 12  # per side: fine enough for a silhouette, and 144 inputs of t
 
 
 def mask_samples(masks, boxes, layout):
-    """Sample masks on a grid over their boxes, as RoIAlign (2017) samples features.  Ours.
+    """Sample masks on a regular grid over their boxes, as RoIAlign (2017) samples features.  Ours.
 
     masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh as fractions of the image.  layout: of the
     masks.  Returns (B, K, 144), row by row: 0.5 inside, -0.5 outside, 0 beyond the image.
@@ -899,12 +925,12 @@ def mask_samples(masks, boxes, layout):
     pools = []
     for axis, position in enumerate((layout.x, layout.y)):
         middle, side = boxes[..., axis, None].float(), boxes[..., axis + 2, None].float()  # (B, K, 1)
-        # 1.2 sides, since a silhouette needs its border, and a box may be slightly too small.
+        # 1.2 sides: a silhouette needs its border, and a box may be slightly too small.
         samples = middle + side * torch.linspace(-0.6, 0.6, MASK_SAMPLES, device=boxes.device)
         token = 1 + 2 * position[:, :1, None]  # its side, (B or 1, 1, 1)
-        reach = torch.maximum(side * 1.2 / (MASK_SAMPLES - 1), token)  # of large boxes, many tokens
+        reach = torch.maximum(side * 1.2 / (MASK_SAMPLES - 1), token)  # more in large boxes
         distance = (position[:, None, None] + 0.5 - samples[..., None]).abs() / reach[..., None]
-        pool = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear interpolation
+        pool = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear weights
         pools.append(pool / pool.sum(-1, keepdim=True).clamp(min=1))
     columns, rows = pools
     inside = masks.float().sigmoid() - 0.5
@@ -914,22 +940,23 @@ def mask_samples(masks, boxes, layout):
 
 
 class Decoder(nn.Module):
-    """100 centers and six layers (Paper; nano has three).  Each layer starts where the last ended.
+    """100 centers, and six layers (Paper; nano has three) that refine the previous prediction.
 
         map at stride 8 --> InitialCenters --> C (B, 100, D), boxes: the cells of the 10 x 10 grid
                                                  |
                      +-------------------------->|
                      |                           v
-                     |     predict: box (from the last box), mask (from that box),
+                     |     predict: box (from the previous box), mask (from that box),
                      |              class (from the center and samples of that mask)
                      |                           |
                      |              box and mask | become priors, without gradient
                      |                           v
                      C <------------------ DecoderLayer <-- map at stride 32, 16, 8, 32, 16, 8
 
-    All predictions are trained (deep supervision: DETR).  The order of maps is Mask2Former's; nano
-    looks at stride 8 only.  Tasks without boxes also have them, for the priors.
-    Ours: the mask samples in the class.  Means forget a silhouette, and a mask has it.
+    All predictions are trained (deep supervision, DETR), including the one before the first layer
+    (Mask2Former).  The order of maps is Mask2Former's.  Tasks that return no boxes predict them,
+    too: they are the priors.  Ours: the class also depends on mask samples.  A mean over an object
+    loses its silhouette, and its mask shows it.
     """
 
     def __init__(self, dim, levels, num_classes, iterations, with_masks):
@@ -940,7 +967,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
-        # Classes share 0.1 at first, and "no object" has 0.9, which is right for most centers.
+        # At first "no object" has a probability of 0.9, and the classes share the rest.
         nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))
         self.box_head = BoxHead(dim)
         self.mask_head = self.mask_classifier = None
@@ -952,7 +979,7 @@ class Decoder(nn.Module):
             nn.init.zeros_(last.bias)
 
     def predict_centers(self, centers, anchors, embeddings, layout, center_mask):
-        """What centers (B, K, D) with anchors (B, K, 4) predict: a dictionary, as of ClusterFormer.
+        """What centers (B, K, D) with anchors (B, K, 4) predict: "boxes", "masks" and "logits".
 
         embeddings: of the pixels, (B, H, W, D).  layout: of these.
         """
@@ -967,20 +994,20 @@ class Decoder(nn.Module):
             output["logits"] = self.classifier(x.to(dtype))
             if self.mask_head:
                 output["logits"] = output["logits"] + self.mask_classifier(samples.to(dtype))
-        if center_mask is not None:  # a probability of e^-100 for centers that an image does not have
+        if center_mask is not None:  # e^-100 for centers that an image does not have
             output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
         return output
 
     def forward(self, maps, layouts):
-        """maps: of the neck, fine to coarse; the last three have strides 8, 16, 32.  layouts: of these.
+        """maps: of the neck, fine to coarse; the last three have strides 8, 16, 32.  layouts: theirs.
 
         Returns a list of predictions: before the first layer, and after each.
         """
         embeddings = self.mask_head.embed_pixels(maps[0]) if self.mask_head else None
         finest, layouts = layouts[0], layouts[-3:]
         tokens = [self.token_norm(x) for x in maps[-3:]]
-        # Cells may be a single token here, unlike in the backbone: a center leaves its cell after
-        # the first layer, and a small map may still hold many objects.
+        # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
+        # and a small map may still hold many objects.
         height, width = tokens[0].shape[1:3]
         grid = make_layout(height, width, layouts[0].sizes, maps[0].device, min_cell=1)
         centers = self.initial(tokens[0], grid)
@@ -988,9 +1015,9 @@ class Decoder(nn.Module):
         outputs = [self.predict_centers(centers, boxes, embeddings, finest, grid.center_mask)]
         for level, layer in zip(self.levels, self.layers):
             boxes = outputs[-1]["boxes"].detach()  # a layer is trained by its own losses only
-            masks = None
-            if self.mask_head and len(outputs) > 1:  # before it has seen more than a cell, a center
-                masks = mask_prior(outputs[-1]["masks"].detach(), finest, 2**level)  # has no mask
+            masks = None  # before the first layer: a center that has seen one cell has no useful mask
+            if self.mask_head and len(outputs) > 1:
+                masks = mask_prior(outputs[-1]["masks"].detach(), finest, 2**level)
             i = level - 1
             centers = layer(centers, boxes, tokens[i], layouts[i], grid.center_mask, masks)
             outputs.append(self.predict_centers(centers, boxes, embeddings, finest, grid.center_mask))
@@ -1002,17 +1029,18 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 9. Matching and losses of the dense tasks.  All are sums over targets: see ClusterFormer.loss
 # --------------------------------------------------------------------------------------------------
-MATCHES_PER_TARGET = 6, 4, 2  # in the first layers; one in the others, and always in the last
-# Those of DETR, Mask2Former and Mask DINO; pixel is ours.
+MATCHES_PER_TARGET = 6, 4, 2  # for the first three predictions; one for the others, and for the last
+# l1 and giou are DETR's; label, mask and dice are Mask2Former's; pixel is ours.
 LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)
-NO_OBJECT_WEIGHT = 0.1  # of a center without a target (DETR): there are dozens for each with one
-NUM_POINTS = 12_544  # where a mask is compared (Mask2Former), instead of at 65,536 for 1024 x 1024
+NO_OBJECT_WEIGHT = 0.1  # of centers without a target (DETR): they far outnumber the others
+NUM_POINTS = 12_544  # at which a mask is compared (Mask2Former); for 1024 x 1024, all would be 65,536
 
 
 def num_points(masks):
-    """Points at which masks (..., h, w) at stride 4 are compared.
+    """Number of points at which masks (..., h, w) at stride 4 are compared.
 
-    NUM_POINTS from 512 x 512 pixels on, and a quarter of the mask's pixels below.
+    It is NUM_POINTS for images of 512 x 512 pixels and more, and a quarter of h * w for smaller
+    ones.
     """
     pixels = masks.shape[-2] * masks.shape[-1]
     return NUM_POINTS if pixels >= 128 * 128 else pixels // 4
@@ -1032,7 +1060,7 @@ def hungarian(cost):
     for row in range(n):
         distance, before, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
         column, at, traveled = -1, row, 0.0
-        while True:  # Dijkstra to the nearest free column; a taken one leads on from its owner
+        while True:  # Dijkstra's search for a free column; a taken one continues from its owner
             step = traveled + cost[at] - row_price[at] - column_price
             nearer = ~done & (step < distance)
             distance[nearer], before[nearer] = step[nearer], column
@@ -1044,7 +1072,7 @@ def hungarian(cost):
         row_price[row] += traveled
         row_price[owner[passed]] += traveled - distance[passed]
         column_price[passed] += distance[passed] - traveled
-        while column >= 0:  # along the path, each column goes to the row before it
+        while column >= 0:  # back along the path, each row takes the next column
             previous = before[column]
             owner[column] = row if previous < 0 else owner[previous]
             column = previous
@@ -1054,14 +1082,17 @@ def hungarian(cost):
 
 
 def coverage(masks, truth, stride):
-    """Height and width of padded masks (m, h, w), in units of their image's, truth (n, H, W)."""
+    """How far padded masks (m, h, w) extend, as multiples of their image's height and width.
+
+    truth: (n, H, W) masks of the image, without padding.  stride: image pixels per mask pixel.
+    """
     return [stride * padded / real for padded, real in zip(masks.shape[1:], truth.shape[1:])]
 
 
 def sample_points(maps, points, cover=(1.0, 1.0)):
     """Bilinear samples of maps (n, h, w) at points (n or 1, P, 2), x and y as fractions of an image.
 
-    cover: height and width of the maps in units of the image's.  Returns (n, P).
+    cover: as from coverage().  Returns (n, P).
     """
     grid = torch.stack([points[..., 0] * (2 / cover[1]) - 1, points[..., 1] * (2 / cover[0]) - 1], -1)
     if not len(maps):
@@ -1074,7 +1105,7 @@ def sample_points(maps, points, cover=(1.0, 1.0)):
 def uncertain_points(logits, count, cover):
     """Random points (n, count, 2), three of four where a mask is least certain (PointRend, 2020).
 
-    That is at its border, which decides its quality and is a small part of its pixels.
+    A mask is uncertain at its border.  The border decides its quality, but has few of the pixels.
     """
     points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
     uncertainty = -sample_points(logits, points, cover).abs()  # (n, 3 count)
@@ -1111,21 +1142,22 @@ def matching_cost(output, target, stride, box_classes=None):
 
 
 def matches_per_target(num_layers, centers, targets):
-    """Centers per target in each layer, for an image: never so many that most have a target."""
+    """Matches per target in each layer of an image.  At most half of the centers get a target."""
     most = max(1, centers // (2 * max(1, targets)))
     wanted = [*MATCHES_PER_TARGET, *[1] * num_layers][: num_layers - 1]
     return [min(times, most) for times in wanted] + [1]
 
 
 def match(outputs, targets, stride, box_classes=None):
-    """Match each target with one center in every layer, and with several in the first layers.
+    """Match each target with several centers in the first layers, and with one in the others.
 
     One-to-one matching teaches centers to leave an object to one of them (DETR).  One-to-many
-    matching gives more gradient; H-DETR (2023) adds queries for it.  Ours: the first layers use it
-    for all centers, since their predictions are not the final ones.
-    If an image has more targets than centers, the smallest targets go without.
-    outputs: (B, L, K, ...), of L layers.  Returns for each image layer, center and target of its m
-    matches, int64 (m,), and their weight, float32 (m,): one over the target's matches in that layer.
+    matching gives more gradient, and H-DETR (2023) adds queries for it.  Ours: the first layers use
+    one-to-many matching for all centers, because their predictions are not the final ones.
+    If an image has more targets than centers, the smallest targets have no match.
+    outputs: (B, L, K, ...), the predictions of L layers.  Returns a list with one tuple per image:
+    layer, center and target of its m matches, (m,) int64 each, and the weight of each match, (m,)
+    float32, which is one over the number of matches of its target in that layer.
     """
     L, K = outputs["logits"].shape[1:3]
     images = [dict(zip(outputs, image)) for image in zip(*outputs.values())]
@@ -1147,8 +1179,8 @@ def match(outputs, targets, stride, box_classes=None):
         rows = [np.zeros((0, 4))]
         for layer, times in enumerate(matches_per_target(L, len(centers), len(kept))):
             chosen = centers[hungarian(np.tile(cost[kept, layer][:, centers], (times, 1)))]
-            columns = np.full(len(chosen), layer), chosen, np.tile(kept, times), np.full(len(chosen), 1 / times)
-            rows.append(np.stack(columns, 1))
+            layers, weights = np.full(len(chosen), layer), np.full(len(chosen), 1 / times)
+            rows.append(np.stack([layers, chosen, np.tile(kept, times), weights], 1))
         tables.append(torch.from_numpy(np.concatenate(rows)).float())
     table = to_device(torch.cat(tables), outputs["logits"].device)
     parts = table.split([len(part) for part in tables])
@@ -1160,8 +1192,8 @@ def mask_losses(masks, targets, matches, stride):
 
     masks: logits (B, L, K, h, w).  matches: from match().
     """
-    entropy = dice = 0.0 * masks.sum()  # without targets, too, DDP waits for every gradient
-    # A loop over masks gives it one gradient; masks[i] would give a full-size one for each i.
+    entropy = dice = 0.0 * masks.sum()  # DDP needs all gradients, even without targets
+    # A loop over `masks` makes one gradient for it; each masks[i] would make one of its full size.
     for image, predicted, (layer, center, target, weight) in zip(targets, masks, matches):
         logits, truth = predicted[layer, center].float(), image["masks"]  # (m, h, w), (n, H, W)
         cover = coverage(logits, truth, stride)
@@ -1171,7 +1203,7 @@ def mask_losses(masks, targets, matches, stride):
         each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")  # (m, P)
         entropy = entropy + each.mean(1) @ weight
         probability = logits.sigmoid()
-        shared = 2 * (probability * truth).sum(1) + 1  # + 1: a small mask may be at no point
+        shared = 2 * (probability * truth).sum(1) + 1  # + 1: a small mask may contain no point
         dice = dice + (1 - shared / (probability.sum(1) + truth.sum(1) + 1)) @ weight
     return entropy, dice
 
@@ -1196,9 +1228,9 @@ def pixel_loss(pixels, targets, stride):
 def set_losses(output, targets, stride, box_classes=None):
     """All losses of a dense task, summed over layers and targets, and weighted.
 
-    output, targets: as in ClusterFormer.  stride: pixels per pixel of the masks.
+    output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
     box_classes: bool (classes,), the classes that are matched and trained by boxes; None: all.
-    Returns a dictionary of scalars: label, l1, giou; with masks mask, dice; in training pixel.
+    Returns a dictionary of scalars: label, l1, giou; with masks mask and dice; in training pixel.
     """
     layers = [*output["aux"], output]
     keys = [key for key in ("logits", "boxes", "masks") if key in output]
@@ -1236,7 +1268,7 @@ def resize_masks(masks, image_size, stride, size):
     image_size: (H, W) of the image without padding.  size: the final (H, W).
     """
     height, width = image_size
-    masks = masks[:, : -(-height // stride), : -(-width // stride)].float()  # first, or padding blurs in
+    masks = masks[:, : -(-height // stride), : -(-width // stride)].float()  # crop first: no blur
     masks = F.interpolate(masks[None], scale_factor=stride, mode="bilinear")[:, :, :height, :width]
     return masks[0] if size == image_size else F.interpolate(masks, size, mode="bilinear")[0]
 
@@ -1244,9 +1276,9 @@ def resize_masks(masks, image_size, stride, size):
 def top_detections(probability, boxes, threshold=0.6):
     """The best (center, class) pairs, at most 100, without duplicates.
 
-    A duplicate has an IoU above the threshold with a better pair of its class, kept or not.  Ours: a
-    fully trained model rarely predicts duplicates; before that, this step suppresses them.
-    probability: (K, classes).  boxes: (K, 4) cxcywh.  Returns scores, labels, centers (n,), best first.
+    A duplicate has an IoU above the threshold with a better pair of its class, even with one that
+    is itself a duplicate.  Ours: a fully trained model rarely predicts duplicates, but others do.
+    probability: (K, classes). boxes: (K, 4) cxcywh.  Returns scores, labels and centers, (n,) each.
     """
     scores, pairs = probability.flatten().topk(min(100, probability.numel()))
     centers, labels = pairs // probability.shape[1], pairs % probability.shape[1]
@@ -1259,7 +1291,7 @@ def top_detections(probability, boxes, threshold=0.6):
 def semantic_map(probability, masks):
     """Class of each pixel: the largest sum over centers of class probability times mask.
 
-    MaskFormer's (2021).  probability: (K, classes).  masks: (K, H, W) logits.  Returns int64 (H, W).
+    MaskFormer's (2021). probability: (K, classes). masks: (K, H, W) logits.  Returns int64 (H, W).
     """
     with torch.autocast(masks.device.type, enabled=False):  # bfloat16 would tie two classes
         return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
@@ -1325,7 +1357,7 @@ class DenseHead(nn.Module):
         return set_losses(output, targets, self.stride)
 
     def count(self, targets):
-        """Number of targets: images have few or many, and each shall weigh the same."""
+        """Number of targets, so that each target counts the same, in crowded images and others."""
         return sum(len(target["labels"]) for target in targets)
 
     def predict(self, output, image_sizes, sizes):
@@ -1382,8 +1414,8 @@ class SemanticHead(DenseHead):
 class PanopticHead(DenseHead):
     """pan: the segment of each pixel.
 
-    Stuff is neither matched nor trained by boxes (Mask DINO, 2022): the box around all grass in a
-    photograph teaches nothing.
+    Stuff is neither matched nor trained by boxes (Mask DINO, 2022): the box around all the grass in
+    a photograph says little.  (sem trains all classes by boxes, since they are its only priors.)
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -1403,7 +1435,7 @@ class PanopticHead(DenseHead):
 # --------------------------------------------------------------------------------------------------
 # 12. The model, and its trace
 # --------------------------------------------------------------------------------------------------
-TASKS = {  # a new task is one class with forward, loss, count and predict, and one entry here
+TASKS = {  # a new task is one class, with the methods and the constructor of these, and one entry
     "cls": ClassificationHead,
     "det": DetectionHead,
     "inst": InstanceHead,
@@ -1413,7 +1445,7 @@ TASKS = {  # a new task is one class with forward, loss, count and predict, and 
 
 
 class ClusterFormer(nn.Module):
-    """Backbone and head: model(images) is what is trained, model.predict(images) what people read."""
+    """Backbone and head.  model(images) is for training, model.predict(images) gives final results."""
 
     def __init__(
         self,
@@ -1421,7 +1453,7 @@ class ClusterFormer(nn.Module):
         variant="tiny",  # a key of VARIANTS
         num_classes=1000,
         patch_size=4,  # pixels per side of a token in stage 1: 4, or 2 for images of about 32 pixels
-        iterations=3,  # T, 3 in the paper; time and memory of clustering grow with it
+        iterations=3,  # T, 3 in the paper (recalled); time and memory of clustering grow with it
         drop_path=0.0,  # stochastic depth: rate of the last block, rising from 0 in the first
         label_smoothing=0.0,  # cls: probability that is spread over all classes
         things=None,  # pan: a bool per class, True: countable; None: all are
@@ -1451,8 +1483,8 @@ class ClusterFormer(nn.Module):
         """images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W); any H, W >= 32.
 
         Returns for cls {"logits": (B, classes)}, and for the dense tasks
-            "logits"  (B, K, classes)  of K = 100 centers (fewer if the map at stride 8 has fewer than
-                                       10 x 10 tokens); see class_probability
+            "logits"  (B, K, classes)  see class_probability.  K = 100 centers, or fewer if the map at
+                                       stride 8 has fewer than 10 x 10 tokens
             "boxes"   (B, K, 4)        cxcywh as fractions of the image without padding
             "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for the earlier layers, first to last
@@ -1504,23 +1536,26 @@ class ClusterFormer(nn.Module):
                 raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")
         training = self.training
         self.eval()
-        output = self(images)
-        self.train(training)
+        try:
+            output = self(images)
+        finally:
+            self.train(training)
         image_sizes = [tuple(image.shape[-2:]) for image in images]
         sizes = image_sizes if sizes is None else [tuple(size) for size in sizes]
         return self.head.predict(output, image_sizes, sizes)
 
 
 def trace(model, images):
-    """Record every clustering in a model, which may be a ClusterFormer, a Backbone or a block.
+    """Record every clustering in a model: a ClusterFormer, a Backbone, or what contains them.
 
     Returns a list of dictionaries, in the order in which the clusterings run:
-        "name"         of the module, as "backbone.stages.1.0.cluster", "head.decoder.layers.2.cluster"
+        "name"         of the module, such as "backbone.stages.1.0.cluster"
         "size"         (H, W) of its N tokens
         "centers"      C(0) .. C(T), each (B, K, D)
         "assignments"  M(0) .. M(T-1), each (B, h, K, N)
         "tokens"       (B, N, D), and "values" v(I), (B, h, N, d)
-        "weights"      T of (B, h, K, N): of each value in each mean, summing to 1 over N
+        "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1
+                       over N, or to 0 for an empty cluster
     """
     modules = model.named_modules()
     found = {name: x for name, x in modules if isinstance(x, RecurrentCrossAttentionClustering)}
