@@ -167,13 +167,15 @@ def test_masked_tokens_and_centers_change_nothing():
     module = random_clustering(iterations=3)
     centers, tokens = torch.randn(1, 5, 12, dtype=torch.float64), torch.randn(1, 9, 12, dtype=torch.float64)
     C, M = module(centers, tokens)
-    more_centers = torch.cat([centers, 9 * torch.randn(1, 2, 12, dtype=torch.float64)], 1)
+    more_centers = torch.cat([centers, 9 * torch.randn(1, 2, 12, dtype=torch.float64)], 1).requires_grad_()
     more_tokens = torch.cat([tokens, 9 * torch.randn(1, 4, 12, dtype=torch.float64)], 1)
     bias = cf.center_bias(torch.arange(7)[None] < 5)
     C_, M_ = module(more_centers, more_tokens, torch.arange(13)[None] < 9, bias)
     torch.testing.assert_close(C_[:, :5], C)
     torch.testing.assert_close(M_[:, :, :5, :9], M)
     assert (M_[:, :, 5:] == 0).all() and torch.equal(C_[:, 5:], more_centers[:, 5:])  # an empty cluster stays in place
+    C_.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (more_centers, *module.parameters()))
 
 
 def test_permuting_the_tokens_permutes_the_assignment_and_leaves_the_centers():
