@@ -52,7 +52,7 @@ COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
 def start_processes():
-    """Join the processes that torchrun has started, if any.  Returns rank, their number, device."""
+    """Join the processes of torchrun, if any.  Returns rank, number of processes, and device."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -72,7 +72,7 @@ def start_processes():
 def default_workers():
     """Loader processes for each training process: its share of the cores less two, 16 at most.
 
-    On two cores that is none: a loader would take a core from threads that wait for one another.
+    On two cores it is 0: a loader would compete with the threads of the training process.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
@@ -80,12 +80,12 @@ def default_workers():
 
 
 def load_checkpoint(path):
-    """The model with averaged weights, in evaluation mode on the CPU, and the whole checkpoint."""
+    """Return the averaged model, in evaluation mode on the CPU, and the whole checkpoint."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code can run
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # a broken archive raises any of half a dozen exceptions
+    except Exception as error:  # broken archives raise many kinds of exceptions
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
     keys = {"model", "ema", "settings", "classes"}
@@ -98,14 +98,14 @@ def load_checkpoint(path):
     try:
         model = ClusterFormer(**checkpoint["arguments"])
         model.load_state_dict(checkpoint["ema"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # Runtime: weights do not fit
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # or weights that do not fit
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a whole checkpoint of train.py ({reason})") from error
     return model.eval(), checkpoint
 
 
 def dense_transform(task, size):
-    """The short side gets `size` pixels; in COCO the long side at most 1333 / 800 of it, as usual."""
+    """Resize the short side to `size`; except for sem, limit the long side to 1333 / 800 of it."""
     return dense_eval_transform(size, math.inf if task == "sem" else size * 1333 / 800)
 
 
@@ -129,7 +129,7 @@ def validation_set(data, image_size, task="cls", classes=None):
 # --------------------------------------------------------------------------------------------------
 def run_lengths(masks):
     """Masks, bool (n, H, W), as the n run-length encodings of COCO's files."""
-    columns = masks.mT.contiguous().byte().cpu().numpy().T  # (H, W, n), the runs are in columns
+    columns = masks.mT.contiguous().byte().cpu().numpy().T  # (H, W, n): runs go down columns
     encoded = mask_utils.encode(columns)
     return [dict(size=rle["size"], counts=rle["counts"].decode()) for rle in encoded]
 
@@ -151,9 +151,9 @@ def coco_results(prediction, image_id, categories):
 def coco_metrics(truth, results, kind):
     """COCO's twelve metrics, nan where there is nothing to find, and the AP of each class.
 
-    truth: COCO object.  results: of coco_results.  kind: "bbox" or "segmentation", is compared.
+    truth: COCO object.  results: from coco_results.  kind: compare "bbox" or "segmentation".
     """
-    # loadRes changes its argument, refuses an empty list, and prefers a box for the size of a mask.
+    # loadRes changes its argument, rejects an empty list, and takes areas of masks from boxes.
     keys = ("image_id", "category_id", "score", kind)
     results = [{key: result[key] for key in keys} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -175,8 +175,8 @@ def panoptic_counts(predicted, segments, truth, entries, category_class, num_cla
     predicted: int64 (H, W), ids of P segments, 0 for none.  segments: list of {"id", "label"}.
     truth: int64 (H, W), ids of G entries, 0 for void.
     entries: list of {"id", "category_id", "iscrowd"}.  category_class: category_id -> class.
-    Returns float64 (num_classes, 4): the IoU of matches, true positives, false positives, false
-    negatives.
+    Returns float64 (num_classes, 4): sum of IoUs of matches, numbers of true positives, false
+    positives and false negatives.
     """
     row = {entry["id"]: i for i, entry in enumerate(entries, 1)}
     column = {segment["id"]: j for j, segment in enumerate(segments, 1)}
@@ -255,21 +255,21 @@ def print_metrics(metrics, task, compare):
 # Evaluation
 # --------------------------------------------------------------------------------------------------
 def identity(dataset, index):
-    """Name, without suffix, and number of an image in the files of its data set."""
+    """Name without suffix, and number, of an image in the files of its data set."""
     name, number = str(index), index
     if isinstance(dataset, Coco):
         name, number, _ = dataset.images[index]
     elif isinstance(dataset, Ade):
         name = os.fsdecode(dataset.names[index])
-    return os.path.splitext(name)[0].replace("/", "_"), number  # never a path that leads elsewhere
+    return os.path.splitext(name)[0].replace("/", "_"), number  # no path into other folders
 
 
 def score_image(dataset, task, target, prediction, folder):
-    """Compare a prediction with the truth, and save it as a PNG, if there is a folder for these.
+    """Compare a prediction with the ground truth.  If a folder is given, save it there as a PNG.
 
-    target: of the data set: a label for cls, otherwise a dictionary with "index".
-    Returns, in a few kilobytes, for cls whether its top 1 and 5 are right, for det and inst COCO
-    results, for sem counts, for pan counts and an entry in COCO's result format.
+    target: from the data set: a label for cls, otherwise a dictionary with "index".
+    Returns a few kilobytes.  cls: whether the top 1 and the top 5 are right.  det, inst: COCO
+    results.  sem: counts.  pan: counts, and an entry in COCO's result format.
     """
     if task == "cls":
         hits = (prediction["labels"] == target).tolist()
@@ -289,7 +289,7 @@ def score_image(dataset, task, target, prediction, folder):
     if folder:
         rgb = torch.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1)  # (H, W, 3)
         Image.fromarray(rgb.byte().cpu().numpy()).save(path)
-    seen = ids.unique().tolist()  # COCO's evaluation refuses a segment without pixels
+    seen = ids.unique().tolist()  # COCO's evaluation rejects segments without pixels
     table = [(s["id"], categories[s["label"]]) for s in segments if s["id"] in seen]
     entry = dict(segments_info=[dict(id=i, category_id=category) for i, category in table])
     truth, entries = dataset.segments(target["index"])
@@ -299,9 +299,9 @@ def score_image(dataset, task, target, prediction, folder):
 
 
 def combine(dataset, task, kept):
-    """evaluate()'s metrics from what score_image() returned for all images, in their order.
+    """Metrics from the results of score_image() for all images, in order.
 
-    Returns a dictionary, and a dictionary of lists of a value for each class.
+    Returns a dictionary of metrics, and one of lists with a value per class.
     """
     if task == "cls":
         top1, top5 = (sum(hits) / len(kept) for hits in zip(*kept))
@@ -331,11 +331,11 @@ def combine(dataset, task, kept):
 def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_class=False):
     """The metrics of a model on a data set, over all processes.
 
-    model: ClusterFormer itself, not wrapped (processes may have different numbers of batches).
+    model: a ClusterFormer, without DDP: processes may have different numbers of batches.
     save: where predictions go.  det, inst: a JSON file.  pan: a JSON file, and PNGs in the folder
         of that name without ".json".  sem: a folder of PNGs, label + 1 as in ADE20K's.
-    per_class: adds "per_class", a list of a dictionary for each class; not for cls.
-    Returns, the same on every process, the number of "images", and as fractions of 1
+    per_class: adds "per_class", a list of dictionaries, one per class; not for cls.
+    Returns on every process the number of "images", and these metrics as fractions of 1:
         cls   top1, top5
         det   COCO_METRICS, nan where there is nothing to find
         inst  the same for boxes, box_AP, ..., and for masks, mask_AP, ...
@@ -350,7 +350,7 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     folder = save and {"sem": save, "pan": save.removesuffix(".json")}.get(task)
     if folder:
         os.makedirs(folder, exist_ok=True)
-    kept = []  # what score_image() returns for each image of this process
+    kept = []  # results of score_image() on this process
     for images, targets in tqdm(loader, "evaluate", leave=False, disable=True if rank else None):
         images = as_float([image.to(device, non_blocking=True) for image in images])
         sizes = None if task == "cls" else [tuple(target["size"]) for target in targets]
@@ -379,34 +379,34 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision paints masks and boxes, but no
-# borders of masks, and its captions are small and hide each other: see paint() and write().  Its
-# grids have no titles; with titles, PIL alone is shorter: see sheet().
+# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision draws masks and boxes.  It does not
+# draw borders of masks, its captions are small and overlap, and its grids have no titles.  Hence
+# paint(), write() and sheet().
 # --------------------------------------------------------------------------------------------------
-MIN_SCORE = 0.3  # of the objects that are drawn for det and inst; --json has all
+MIN_SCORE = 0.3  # det, inst: objects with lower scores are not drawn; --json has them all
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)
-# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler ones.
+# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler versions.
 COLORS = [BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), ORANGE, (240, 228, 66)]
 COLORS += [tuple(round(c + p * (255 - c)) for c in rgb) for p in (0.5, 0.25, 0.7) for rgb in COLORS]
 
 
 def panel_of(image, side):
-    """Image, float (3, H, W), as a panel with a long side of `side` pixels."""
+    """Convert an image, float (3, H, W), to a panel with a long side of `side` pixels."""
     size = [max(1, round(length * side / max(image.shape[1:]))) for length in image.shape[1:]]
-    small = max(image.shape[1:]) < side  # its pixels become squares
+    small = max(image.shape[1:]) < side  # if so, pixels become squares
     how = InterpolationMode.NEAREST if small else InterpolationMode.BILINEAR
     return functional.to_dtype(functional.resize(image.cpu(), size, how), torch.uint8, scale=True)
 
 
 def enlarge(values, size, panel, stride=1):
-    """A map at a stride of an image of size (H, W), in the size of a panel, and not smoothed."""
+    """Resize a map, at a stride of an image of size (H, W), to that of a panel, unsmoothed."""
     lengths = zip(panel.shape[1:], size)
     rows, columns = (torch.arange(new) * old // new // stride for new, old in lengths)
     return values.cpu()[rows[:, None], columns]
 
 
 def paint(panel, regions):
-    """Color regions, int64 (H, W), -1 for none.  White borders also separate similar colors."""
+    """Color regions, int64 (H, W), -1 for none.  White borders separate similar colors."""
     numbers = regions[regions >= 0].unique()
     if len(numbers):
         colors = [COLORS[number % len(COLORS)] for number in numbers.tolist()]
@@ -418,7 +418,7 @@ def paint(panel, regions):
 
 
 def write(panel, captions):
-    """Write captions, a list of (text, (x, y)), white on black, moved where they would overlap."""
+    """Write captions, a list of (text, (x, y)), white on black.  Move those that would overlap."""
     picture, font, taken = functional.to_pil_image(panel), ImageFont.load_default(13), []
     draw, height = ImageDraw.Draw(picture), 18
     for text, (x, y) in captions:
@@ -426,7 +426,7 @@ def write(panel, captions):
         x = max(0, min(round(x), picture.width - width))
         y = max(0, min(round(y), picture.height - height))
         beside = [top for left, top, w in taken if x - w < left < x + width]
-        rows = [*range(y, picture.height - height + 1), *range(y), y]  # down, then from the top
+        rows = [*range(y, picture.height - height + 1), *range(y), y]  # below, then from the top
         y = next((row for row in rows if all(abs(row - top) >= height for top in beside)), y)
         taken.append((x, y, width))
         draw.rectangle([x, y, x + width - 1, y + height - 1], "black")
@@ -435,9 +435,9 @@ def write(panel, captions):
 
 
 def sheet(rows):
-    """A picture of rows of (title, panel), all panels of one size, under titles of 1 or 2 lines."""
+    """A picture with rows of (title, panel).  Panels have one size, titles one or two lines."""
     _, height, width = rows[0][0][1].shape
-    height, width = height + 44, max(width, 300) + 20  # with room for titles
+    height, width = height + 44, max(width, 300) + 20  # leaves room for titles
     picture = Image.new("RGB", (width * max(map(len, rows)) + 20, height * len(rows) + 20), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
     for i, row in enumerate(rows):
@@ -449,9 +449,10 @@ def sheet(rows):
 
 
 def findings(prediction, names):
-    """A prediction as a list of {"name", "score", and, as the task has them, "box", "mask", "isthing"}.
+    """A prediction as a list of dictionaries with keys "name" and "score".
 
-    sem: {"name", "share" (of the pixels), "mask"}.
+    Depending on the task, also "box", "mask" and "isthing".  sem: "name", "mask", and "share", the
+    fraction of pixels.
     """
     if "semantic" in prediction:
         masks = {c: prediction["semantic"] == c for c in prediction["semantic"].unique().tolist()}
@@ -469,14 +470,14 @@ def findings(prediction, names):
 
 
 def prediction_panels(found, names, task, image, size):
-    """The image, float (3, H, W), beside findings() in it, in pixels of size (H, W)."""
+    """An image, float (3, H, W), beside its findings(), in pixels of a file of size (H, W)."""
     panel, title = panel_of(image, 560), "prediction"
     if task in ("det", "inst"):
         found = [x for x in found if x["score"] >= MIN_SCORE]
         title = f"{len(found)} objects with a score of at least {MIN_SCORE}"
     numbers = [names.index(x["name"]) if task == "sem" else i for i, x in enumerate(found)]
     regions = torch.full(panel.shape[1:], -1)
-    for number, x in reversed([*zip(numbers, found)]):  # the highest score on top
+    for number, x in reversed([*zip(numbers, found)]):  # the highest score goes on top
         if "mask" in x:
             regions[enlarge(x["mask"], size, panel)] = number
     picture, captions = paint(panel, regions), []
@@ -488,7 +489,7 @@ def prediction_panels(found, names, task, image, size):
             box, color = x["box"].cpu() * scale, COLORS[number % len(COLORS)]
             picture = draw_bounding_boxes(picture, box[None], colors=[color], width=3)
             captions.append((text, box[:2].tolist()))
-        elif len(pixels):  # at the pixel next to the mean of all
+        elif len(pixels):  # the pixel nearest to their mean
             nearest = (pixels - pixels.float().mean(0)).norm(dim=1).argmin()
             captions.append((text, pixels[nearest].tolist()))
         elif task == "cls":
@@ -497,7 +498,7 @@ def prediction_panels(found, names, task, image, size):
 
 
 def grid_assignment(height, width, device=None):
-    """The grid cells of a map as clusters, (1, K, N): the weights of tokens in the mean of a cell."""
+    """Grid cells as clusters, (1, K, N): the weight of each token in the mean of each cell."""
     layout = make_layout(height, width, device=device)
     weights = layout.row_pool[:, :, None, :, None] * layout.column_pool[:, None, :, None]
     return weights.flatten(3).flatten(1, 2)
@@ -510,7 +511,7 @@ def cluster_panels(model, image):
     panel = panel_of(image, 320)
 
     def clusters(assignment, block, stride):
-        """assignment: (h, K, N).  Each token is in its most likely cluster, on average over heads."""
+        """Most likely cluster of each token, averaged over heads.  assignment: (h, K, N)."""
         regions = assignment.mean(0).argmax(0).view(block["size"])
         return paint(panel, enlarge(regions, image.shape[1:], panel, stride))
 
@@ -529,23 +530,24 @@ def cluster_panels(model, image):
 
 
 def explain(model, image, weights):
-    """The exact explanation of a logit, or of a difference: bias + what tokens add to each center.
+    """Split a logit, or a difference of two, into a bias and contributions of tokens to centers.
 
-    image: float (3, H, W).  weights: (classes,), of the logits: 1 for one, 1 and -1 for two.
-    Returns the value, the bias, and contributions (K, h, w), per center and token: the value is the
-    bias plus their sum.  This is exact for the weights of the means as they came out.  It does not
-    say how the image changes these weights, nor how the backbone made the tokens.
+    image: float (3, H, W).  weights: (classes,), of the logits; 1 and -1 give a difference.
+    Returns the value, the bias, and contributions (K, h, w) per center and token.  The value is the
+    bias plus the sum of all contributions.  This is exact for given weights of the means.  It does
+    not explain how these weights depend on the image, or how the backbone computes the tokens.
     """
     head = model.head
     with torch.no_grad():
         value = model([image])["logits"][0] @ weights
         entry = trace(model, [image])[-1]  # the head's clustering
         C, tokens, size = entry["centers"][-1][0], entry["tokens"][0], entry["size"]  # (K, D), (N, D)
-        # Weights of the channels of C, through its norm: minus the mean, by the deviation, scaled.
+        # Weights of the channels of C.  They include the norm: mean, standard deviation and scale.
         w = weights @ head.classifier.weight * head.center_norm.weight  # (D,)
         deviation = (C.var(1, correction=0, keepdim=True) + head.center_norm.eps).sqrt()  # (K, 1)
         w = (w - w.mean()) / deviation / len(C)  # (K, D)
-        contributions = grid_assignment(*size, image.device)[0] * (w @ tokens.T)  # (K, N), by C(0)
+        # Contributions through C(0), then through the iterations.
+        contributions = grid_assignment(*size, image.device)[0] * (w @ tokens.T)  # (K, N)
         values, W = entry["values"][0], sum(entry["weights"])[0]  # (h, N, d), (h, K, N)
         # Head j collects channels j, j + h, j + 2 h, ...
         w = w.unflatten(1, (-1, len(values))).permute(2, 0, 1)  # (h, K, d)
@@ -555,7 +557,7 @@ def explain(model, image, weights):
 
 
 def explanation_panels(model, image, names, chosen):
-    """explain() as pictures.  chosen: one or two numbers of classes, or none: the likeliest."""
+    """Pictures of explain().  chosen: one or two class indices; empty: the most likely class."""
     with torch.no_grad():
         chosen = chosen or [model([image])["logits"][0].argmax().item()]
     weights = torch.zeros(len(names), device=image.device)
@@ -566,7 +568,7 @@ def explanation_panels(model, image, names, chosen):
     gray, ends = panel.float().mean(0), torch.tensor([ORANGE, BLUE]).float()
 
     def heat(values):
-        """Values over the gray image: orange above zero, blue below, full at the largest."""
+        """Values over the gray image: orange if positive, blue if negative, full at the largest."""
         values = enlarge(values / values.abs().max().clamp(min=1e-9), image.shape[1:], panel, stride)
         hue = ends[(values < 0).long()].permute(2, 0, 1)
         return gray.expand_as(hue).lerp(hue, 0.8 * values.abs()).byte()
@@ -580,7 +582,7 @@ def explanation_panels(model, image, names, chosen):
 
 
 def images_of(paths, task, size):
-    """Images and folders of images -> of each its name, model input, and size (H, W) in the file."""
+    """For each image in files and folders: name, model input, and size (H, W) in the file."""
     for path in paths:
         files = [path]
         if os.path.isdir(path):
@@ -598,7 +600,7 @@ def images_of(paths, task, size):
 
 
 def held_out(dataset, count=8):
-    """The first validation images, as from images_of()."""
+    """The first validation images, in the form of images_of()."""
     for index in range(min(count, len(dataset))):
         image, target = dataset[0, index]
         size = target["size"] if isinstance(target, dict) else image.shape[1:]
@@ -606,9 +608,10 @@ def held_out(dataset, count=8):
 
 
 def draw(model, classes, items, out, clusters, chosen, device):
-    """Draw predictions, and if asked clusters and explanations, into the folder `out`.
+    """Draw predictions, optionally with clusters and explanations, into the folder `out`.
 
-    items: from images_of().  chosen: names of classes to explain, or None.  Returns all findings.
+    items: from images_of().  chosen: names of the classes to explain; empty: the most likely class;
+    None: no explanation.  Returns the findings of all images.
     """
     os.makedirs(out, exist_ok=True)
     result, stems = [], []
@@ -622,11 +625,11 @@ def draw(model, classes, items, out, clusters, chosen, device):
             numbers = [classes.index(name) for name in chosen]
             sheets["-explained"] = explanation_panels(model, image, classes, numbers)
         stem = os.path.splitext(os.path.basename(name))[0]
-        stems.append(stem)  # there may be several, in folders or formats
+        stems.append(stem)  # other folders or formats may have the same
         stem += f"-{stems.count(stem)}" if stems.count(stem) > 1 else ""
         for suffix, rows in sheets.items():
             sheet(rows).save(os.path.join(out, f"{stem}{suffix}.png"))
-        for x in found:  # as JSON has them
+        for x in found:  # in the form for JSON
             x |= {"box": [round(side, 2) for side in x["box"].tolist()]} if "box" in x else {}
             x |= {"mask": run_lengths(x["mask"][None])[0]} if "mask" in x else {}
         result.append(dict(image=name, height=size[0], width=size[1], found=found))
@@ -642,21 +645,22 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a last.pt or best.pt of train.py")
-    add("--data", metavar="DIR", help="its validation images (default: those of the training data)")
+    add("--data", metavar="DIR", help="its validation images are used (default: the training data's)")
     add("--image-size", type=int, help="pixels per side, or of the short side (default: as in training)")
     add("--batch-size", type=int, help="images per step and process (default: cls 128, others 8)")
     add("--workers", type=int, help="loader processes per process (default: spare cores, at most 16)")
-    add("--json", metavar="FILE", help="also write metrics, as fractions of 1, or findings to FILE")
-    add("--per-class", action="store_true", help="also AP, IoU or PQ of each class; not for cls")
-    formats = "det, inst, pan: write predictions to FILE.json in COCO's format, and the PNGs of pan to "
-    formats += "the folder FILE; sem: write PNGs of label + 1 to the folder FILE"
+    add("--json", metavar="FILE", help="also write metrics (fractions of 1) or predictions to FILE")
+    add("--per-class", action="store_true", help="also print AP, IoU or PQ per class; not for cls")
+    formats = "det, inst, pan: write predictions in COCO's format to FILE, which ends in .json; pan: "
+    formats += "also write PNGs to the folder of that name without .json; sem: write PNGs of label + 1 "
+    formats += "to the folder FILE"
     add("--save-predictions", metavar="FILE", help=formats)
     add = parser.add_argument_group("pictures").add_argument
-    add("--images", nargs="*", metavar="PATH", help="images, folders to draw (default: 8 held-out images)")
-    add("--clusters", action="store_true", help="draw clusters by stage, and by iteration of one block")
-    why = "cls: draw what speaks for a class (default: the likeliest), or for one and against another"
+    add("--images", nargs="*", metavar="PATH", help="images or folders to draw (default: 8 held-out images)")
+    add("--clusters", action="store_true", help="draw clusters per stage, and per iteration of one block")
+    why = "cls: draw the evidence for CLASS (default: the most likely), or for one against another"
     add("--explain", nargs="*", metavar="CLASS", help=why)
-    add("--out", metavar="DIR", default="pictures", help="where pictures go (default: pictures)")
+    add("--out", metavar="DIR", default="pictures", help="folder of the pictures (default: pictures)")
     args = parser.parse_args()
     args.draw = args.images is not None or args.clusters or args.explain is not None
     for name, least in dict(batch_size=1, workers=0, image_size=32).items():
@@ -667,13 +671,13 @@ def parse_arguments():
 
 
 def check_arguments(args, task, classes, world_size):
-    """Raise InputError if a flag does not suit the checkpoint or the number of processes."""
+    """Raise InputError if a flag does not fit the checkpoint or the number of processes."""
     save, chosen = args.save_predictions, args.explain or []
     if task == "cls" and (save or args.per_class):
         raise InputError("--save-predictions and --per-class are for the dense tasks, not for cls")
     if save and (os.path.isfile(save) if task == "sem" else not save.endswith(".json")):
         what = "folder" if task == "sem" else ".json file"
-        raise InputError(f"--save-predictions {save}: for {task} it takes a {what}")
+        raise InputError(f"--save-predictions {save}: {task} needs a {what}")
     if save and not os.path.isdir(os.path.dirname(save) or "."):
         raise InputError(f"--save-predictions {save}: there is no folder {os.path.dirname(save)}")
     if args.draw and (world_size > 1 or save or args.per_class):
@@ -713,11 +717,11 @@ def main():
 
 
 def run(main):
-    """Call main.  An error in the user's input ends the program with a line, not a traceback."""
+    """Call main.  An InputError ends the program with one line, not with a traceback."""
     try:
         main()
     except InputError as error:
-        # From a loader process it comes with the traceback of that process, then the line.
+        # From a loader process, it arrives with a traceback; the last line is the message.
         message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
     except KeyboardInterrupt:

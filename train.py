@@ -52,7 +52,7 @@ def setting(default, text, least=None, below=None, choices=None):
     return field(default=default, metadata=dict(text=text, least=least, below=below, choices=choices))
 
 
-# What is left of the peak learning rate, at a fraction t of the way from warm-up to end.
+# Fraction of the peak learning rate; t goes from 0 after warm-up to 1 at the end.
 SCHEDULES = {
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "poly": lambda t: (1 - t) ** 0.9,
@@ -66,32 +66,32 @@ AUGMENT_HELP = "cls: magnitude, 0 to 30, of two RandAugment operations, each for
 
 @dataclass
 class Settings:
-    """The defaults are those of cls on shapes."""
+    """The defaults are the recipe of cls on shapes."""
 
     task: str = setting("cls", TASK_HELP, choices=TASKS)
     data: str = setting(None, DATA_HELP)
     out: str = setting(None, "folder of checkpoints and logs (default: runs/TASK)")
-    init: str = setting(None, "checkpoint to start from, as far as it fits; dense tasks: backbone at lr / 10")
+    init: str = setting(None, "checkpoint whose weights are loaded where they fit; dense tasks: backbone at lr / 10")
     resume: bool = setting(False, "continue from OUT/last.pt, with its settings, if it exists")
     checkpoint_every: float = setting(10.0, "minutes between checkpoints within an epoch; 0: every step", 0)
-    seed: int = setting(0, "of initial weights, order and augmentation", 0)
+    seed: int = setting(0, "seed of initial weights, order and augmentation", 0)
     workers: int = setting(None, "loader processes per process (default: spare cores, at most 16)", 0)
-    accumulate: int = setting(1, "chunks into which a process divides its part of a batch, to save memory", 1)
+    accumulate: int = setting(1, "forward and backward passes per step and process, to save memory", 1)
     compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
     variant: str = setting("nano", "size of the model", choices=VARIANTS)
     iterations: int = setting(3, "T, EM iterations of each clustering", 1)
     patch_size: int = setting(4, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
     test_size: int = setting(None, "dense tasks on files: pixels of the short side in evaluation", 32)
-    epochs: int = setting(4, "passes over the images; of shapes, 6,500 new scenes each, dense tasks 5,000", 1)
+    epochs: int = setting(4, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(32, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
     warmup_epochs: float = setting(0.3, "epochs over which the learning rate rises", 0)
-    weight_decay: float = setting(0.05, "of matrices and convolutions; norms, biases and scales have none", 0)
-    clip: float = setting(5.0, "largest norm of the gradient; 0: do not clip", 0)
-    drop_path: float = setting(0.0, "stochastic depth of the last block; on files as the variant says", 0, 1)
-    ema: float = setting(0.995, "decay of the averaged weights, which are the ones that are evaluated", 0, 1)
+    weight_decay: float = setting(0.05, "decay of matrices and convolutions; norms, biases and scales have none", 0)
+    clip: float = setting(5.0, "maximum norm of the gradient; 0: do not clip", 0)
+    drop_path: float = setting(0.0, "stochastic depth of the last block; on files, the default is the variant's", 0, 1)
+    ema: float = setting(0.995, "decay of the averaged weights, which evaluation uses", 0, 1)
     evaluate_every: int = setting(1, "epochs between evaluations; the last epoch always has one", 1)
     smoothing: float = setting(0.0, "cls: label smoothing", 0, 1)
     mixup: float = setting(0.0, "cls: alpha of mixup; 0: none", 0)
@@ -103,11 +103,13 @@ class Settings:
 CLS = Settings()
 DENSE = replace(CLS, image_size=96, batch_size=16)
 FILES = replace(CLS, variant="tiny", drop_path=None, ema=0.9999)
-IMAGENET = replace(FILES, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)  # Swin's
-IMAGENET = replace(IMAGENET, smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)  # 9 of 10
+# Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
+IMAGENET = replace(FILES, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
+IMAGENET = replace(IMAGENET, smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
 COCO = replace(FILES, image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
 COCO = replace(COCO, schedule="step", warmup_epochs=0.1, evaluate_every=5)
-ADE20K = replace(COCO, image_size=512, test_size=512, epochs=127, schedule="poly", warmup_epochs=1.0)  # 160 k steps
+ADE20K = replace(COCO, image_size=512, test_size=512, epochs=127, schedule="poly")  # 160,000 steps
+ADE20K = replace(ADE20K, warmup_epochs=1.0)
 RECIPES = {"dense tasks": DENSE, "ImageNet": IMAGENET, "COCO": COCO, "ADE20K": ADE20K}
 
 
@@ -134,13 +136,14 @@ def make_parser():
         if isinstance(item.default, str):
             text += f"; one of {', '.join(item.metadata['choices'])}"
         if item.default is not None or others:
-            text += f" (default: {'; '.join([str(item.default), ', '.join(others)]) if others else item.default})"
+            default = "; ".join([str(item.default), ", ".join(others)]) if others else item.default
+            text += f" (default: {default})"
         parser.add_argument("--" + item.name.replace("_", "-"), type=item.type, help=text)
     return parser
 
 
 def check_settings(settings):
-    """Raise InputError, in one line, if a setting is out of range, or does not go with the task."""
+    """Raise InputError, in one line, if a setting is out of range, or does not fit the task."""
     for item in fields(Settings):
         value, limits = getattr(settings, item.name), item.metadata
         least, below, choices = (limits[key] for key in ("least", "below", "choices"))
@@ -156,7 +159,7 @@ def check_settings(settings):
 
 
 def parse_settings():
-    """The settings of this run: flags over those of the run that is resumed, over the recipe.  Checked."""
+    """Checked settings.  Flags override the resumed run's settings, and these override the recipe."""
     flags = vars(make_parser().parse_args())
     flags.setdefault("out", os.path.join("runs", flags.get("task", "cls")))
     last, before = os.path.join(flags["out"], "last.pt"), {}
@@ -194,8 +197,15 @@ def training_set(settings):
     return Coco(data, "train", task, dense_train_transform(task, size), size, seed)
 
 
+def evaluation_batch_size(settings, world_size):
+    """Images per process.  Those of dense tasks on files differ in size, so they go one by one."""
+    if settings.task != "cls" and settings.data is not None:
+        return 1
+    return max(1, settings.batch_size // world_size)
+
+
 def take_weights(model, path, rank):
-    """Load the averaged weights of a checkpoint, as far as names and shapes fit, and say which are new."""
+    """Load the averaged weights of a checkpoint that fit by name and shape; print which are new."""
     theirs, ours = load_checkpoint(path)[1]["ema"], model.state_dict()
     fits = lambda name, value: name in ours and value.shape == ours[name].shape
     fitting = {name: value for name, value in theirs.items() if fits(name, value)}
@@ -209,9 +219,9 @@ def take_weights(model, path, rank):
 
 
 def parameter_groups(model, weight_decay, backbone_rate):
-    """Groups for the optimizer.  "rate" multiplies the learning rate; in the backbone it is backbone_rate.
+    """Groups for the optimizer.  "rate" multiplies the learning rate: backbone_rate or 1.
 
-    Weight decay is for matrices and kernels: a norm, bias or scale has no reason to be near zero.
+    Only matrices and kernels decay: there is no reason for a norm, bias or scale to be near zero.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -237,17 +247,17 @@ def batch_to_device(value, device):
 
 
 def save(path, write):
-    """write(file) fills a file beside `path`, which gets that name once it is on the disk, whole.
+    """Write a file atomically: write(file) fills a temporary file, which then replaces `path`.
 
-    Wherever the program is killed, whoever reads `path` finds the old file or the new one.
-    Raises InputError if the file cannot be written; then the old one is still there.
+    If the program is killed at any point, `path` is still the whole old file or the whole new one.
+    Raises InputError if the file cannot be written; the old one is then still intact.
     """
     part = path + ".part"
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # or a power failure might leave an empty file
+            os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when a disk is full
         with contextlib.suppress(OSError):
@@ -259,17 +269,17 @@ def save(path, write):
 # --------------------------------------------------------------------------------------------------
 # The run
 # --------------------------------------------------------------------------------------------------
-MAX_BAD_STEPS = 20  # in a row, without a finite loss: by then it is not a single strange image
+MAX_BAD_STEPS = 20  # in a row without a finite loss or gradient: more than one bad image can cause
 
 
 def on_signals(action):
-    """From now on SIGTERM (from schedulers and torchrun) and SIGINT (from Ctrl-C) call action(exit code)."""
+    """Call action(exit code) on SIGTERM (schedulers, torchrun) and on SIGINT (Ctrl-C)."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: action(128 + number))
 
 
 class Run:
-    """A training run: its state, which a checkpoint holds, a step, and the end of an epoch."""
+    """A training run.  Its methods are a step, the end of an epoch and the loop over both."""
 
     def __init__(self, settings, train, val, rank, world_size, device):
         self.settings, self.train, self.val = settings, train, val
@@ -279,7 +289,8 @@ class Run:
         self.steps = settings.epochs * self.steps_per_epoch
         self.step, self.log = 0, []  # steps done so far; a dictionary for each epoch
         self.sums, self.skipped = {}, 0  # of this epoch: losses, and steps without a finite one
-        self.bad_steps, self.stop_signals = 0, []  # such steps in a row; exit codes of signals that arrived
+        self.bad_steps = 0  # consecutive steps without a finite loss or gradient
+        self.stop_signals = []  # exit codes of the signals received
         torch.manual_seed(settings.seed)
         self.model = model = ClusterFormer(
             settings.task,
@@ -303,13 +314,13 @@ class Run:
         elif settings.init:
             take_weights(model, settings.init, rank)
         model.to(device)
-        # A depthwise weight (C, 1, 3, 3) lies in memory the same with channels first or last.  Its gradient has
-        # channels last: if the weight says so, too, DistributedDataParallel need not copy it.
+        # A depthwise weight (C, 1, 3, 3) has the same memory layout with channels first or last.  Its
+        # gradient has channels last.  If both agree, DistributedDataParallel does not copy it.
         for module in model.modules():
             if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
                 module.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        # A trained backbone should keep what it knows while neck and decoder are still random.
+        # A trained backbone should keep its features while neck and decoder are still random.
         backbone_rate = 0.1 if settings.init and settings.task != "cls" else 1.0
         groups = parameter_groups(model, settings.weight_decay, backbone_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -317,7 +328,7 @@ class Run:
             self.ema.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.runner = torch.compile(model) if settings.compile else model
-        if world_size > 1:  # buffers never change, and gradients need not lie in memory twice
+        if world_size > 1:  # buffers never change; gradients share memory with the buckets
             gpu = [device.index] if device.type == "cuda" else None
             options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
             self.runner = DistributedDataParallel(self.runner, gpu, **options)
@@ -374,7 +385,7 @@ class Run:
         """Backward passes of this process's part of a batch.  Returns its losses, a dictionary."""
         settings, device = self.settings, self.device
         mixing = settings.mixup > 0 or settings.cutmix > 0
-        # With mixing, the first sample of a chunk is there only to be mixed into the second.
+        # With mixing, the first sample of a chunk is only mixed into the second, and has no loss.
         count = sum(self.model.count(targets[int(mixing) :]) for _, targets in chunks)
         total = self.all_reduce(torch.full((), float(count), device=device)).clamp(min=1)
         parts = Counter()
@@ -384,42 +395,44 @@ class Run:
             if mixing:
                 strength = settings.mixup, settings.cutmix, settings.seed, self.step
                 images, targets = mix(images, targets, len(self.train.classes), *strength)
-            # Processes exchange gradients once per step, with the last chunk.
+            # Processes exchange gradients once per step, in the last chunk.
             waits = self.world_size > 1 and i < len(chunks) - 1
             with self.runner.no_sync() if waits else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     output = self.runner(images)
                 losses = self.model.loss(output, targets)
                 losses = {name: loss / total for name, loss in losses.items()}
-                (sum(losses.values()) * self.world_size).backward()  # DDP averages, and losses are sums
+                (sum(losses.values()) * self.world_size).backward()  # DDP averages; losses are sums
             parts.update({name: loss.detach() for name, loss in losses.items()})
         return parts
 
     def train_step(self, chunks):
-        """One optimizer step.  Returns whether any process was asked to stop."""
+        """One optimizer step.  Returns nonzero if any process has received a stop signal."""
         settings, lr = self.settings, self.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
-        # Stochastic depth and mask points are functions of the step, so that a resumed run draws the same.
+        # Seeded by step: a resumed run draws the same stochastic depth and mask points.
         state = np.random.SeedSequence((settings.seed, self.step, self.rank)).generate_state(1)
         torch.manual_seed(int(state[0]))
         parts = self.gradients(chunks)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
-        # Reduce the stop flag, gradient norm and losses, so that all ranks take the same decision.  To read
-        # them is the one wait of a step for the GPU.
-        asked = torch.full((), float(len(self.stop_signals)), device=self.device)
-        stop, *finite = self.all_reduce(torch.stack([asked, norm, *parts.values()])).tolist()
-        if all(map(math.isfinite, finite)):
+        # Reduce the stop flag, gradient norm and losses, so that all ranks take the same decision.
+        # Reading them is the only time in a step that the CPU waits for the GPU.
+        stop_flag = torch.full((), float(len(self.stop_signals)), device=self.device)
+        stop, *values = self.all_reduce(torch.stack([stop_flag, norm, *parts.values()])).tolist()
+        if all(map(math.isfinite, values)):
             self.optimizer.step()
             decay = min(settings.ema, (1 + self.step) / (10 + self.step))  # a short memory at first
             get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), list(self.model.parameters()), None)
-            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in zip(parts, finite[1:])}
+            losses = zip(parts, values[1:])
+            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in losses}
             self.bad_steps = 0
         else:
             self.skipped, self.bad_steps = self.skipped + 1, self.bad_steps + 1
             if self.bad_steps == MAX_BAD_STEPS:
                 first = self.step - MAX_BAD_STEPS + 2
-                what = f"loss or gradient was not finite in {MAX_BAD_STEPS} steps in a row, {first} to {self.step + 1}"
+                steps = f"{MAX_BAD_STEPS} steps in a row, {first} to {self.step + 1}"
+                what = f"loss or gradient was not finite in {steps}"
                 remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
                 raise InputError(f"{what}: {remedy}; {self.last} is from before them")
         self.optimizer.zero_grad()
@@ -427,15 +440,13 @@ class Run:
         return stop
 
     def end_epoch(self, broken, seconds, images_per_second):
-        """Evaluate, log and save.  broken: bool (images,), training images that could not be read so far."""
+        """Evaluate, log and save.  broken: bool (images,), True for images that could not be read."""
         settings, metrics, key = self.settings, {}, METRIC[self.settings.task]
         if self.rank == 0:
             self.write_checkpoint("last.pt")
         if (len(self.log) + 1) % settings.evaluate_every == 0 or self.step == self.steps:
-            on_signals(self.leave)  # at once: nothing is lost, and an evaluation may take minutes
-            batch_size = 1  # of files of the dense tasks, which have many sizes
-            if settings.task == "cls" or settings.data is None:
-                batch_size = max(1, settings.batch_size // self.world_size)
+            on_signals(self.leave)  # at once: an evaluation may take minutes, and nothing is lost
+            batch_size = evaluation_batch_size(settings, self.world_size)
             metrics = evaluate(self.ema, self.val, self.device, batch_size, settings.workers)
             on_signals(self.stop_signals.append)
         broken = self.all_reduce(broken.to(self.device), dist.ReduceOp.MAX)
@@ -447,7 +458,8 @@ class Run:
         line |= {f"loss_{name}": value for name, value in losses.items() if len(losses) > 1}
         if self.device.type == "cuda":
             line["memory_MiB"] = torch.cuda.max_memory_allocated() / 2**20
-        improved = metrics and metrics[key] > max([-1.0, *(line[key] for line in self.log if key in line)])
+        earlier = [line[key] for line in self.log if key in line]
+        improved = metrics and metrics[key] > max([-1.0, *earlier])
         self.log.append(line)
         skipped, self.sums, self.skipped = self.skipped, {}, 0
         if self.rank:
@@ -457,7 +469,7 @@ class Run:
         self.write_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
         if improved:
             self.write_checkpoint("best.pt")
-        self.write_checkpoint("last.pt")  # last: a run that is killed before it does all of this once more
+        self.write_checkpoint("last.pt")  # comes last: a run killed before it repeats all of this
         found = describe(metrics, settings.task) + "  " if metrics else ""
         speed = f"{images_per_second:.0f} images/s"
         tqdm.write(f"epoch {len(self.log)}/{settings.epochs}  loss {line['loss']:.3f}  {found}{speed}")
@@ -467,9 +479,9 @@ class Run:
             tqdm.write(f"{skipped} steps of this epoch were skipped: their loss or gradient was not finite")
 
     def loop(self, stream, broken):
-        """All steps that are left.  stream: this process's chunks, step by step.  broken: as in end_epoch."""
+        """The remaining steps.  stream: chunks of this process, in order.  broken: as in end_epoch."""
         settings, start, start_step, saved = self.settings, time.time(), self.step, time.time()
-        on_signals(self.stop_signals.append)  # a step is finished first
+        on_signals(self.stop_signals.append)  # the current step is finished first
         with tqdm(total=self.steps, initial=self.step, disable=True if self.rank else None) as bar:
             while True:
                 seconds = max(time.time() - start, 1e-9)
@@ -485,7 +497,7 @@ class Run:
                     mean = sum(self.sums.values()) / max(1, self.done_in_epoch() - self.skipped)
                     lr = self.lr_at(self.step - 1)
                     bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
-                # Never amid bad steps: they may end the run, and resuming among them would not help.
+                # Not during bad steps: they may end the run, and resuming in them would not help.
                 due = time.time() - saved > 60 * settings.checkpoint_every
                 if self.rank == 0 and not self.bad_steps and (stop or due):
                     self.write_checkpoint("last.pt")
@@ -515,10 +527,10 @@ def main():
         job.step,
     )
     readable = SkipBroken(train, settings.workers)
-    join = None if settings.task == "cls" else collate  # None: stack images of one size into a tensor
+    join = None if settings.task == "cls" else collate  # None: stack images into a tensor
     options = dict(batch_sampler=batches, collate_fn=join, worker_init_fn=ignore_signals)
     loader = loader_of(readable, settings.workers, device, **options)
-    with contextlib.closing(readable.read(loader)) as stream:  # whatever happens, the loader's processes end
+    with contextlib.closing(readable.read(loader)) as stream:  # also ends the loader processes
         job.loop(stream, readable.broken)
     if rank == 0:
         print(f"{describe(job.log[-1], settings.task)} on {len(val)} held-out images")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Measure speed and memory of a model with fresh weights, for cls beside torchvision's Swin and ConvNeXt.
+"""Measure speed and memory of an untrained model; for cls, also of torchvision's Swin and ConvNeXt.
 
     python .github/benchmark.py --task cls --variant tiny --image-size 224 --batch-size 128 --compile
     python .github/benchmark.py --task inst --variant tiny --image-size 800 1333 --batch-size 1
 
-It prints a table in Markdown: parameters, GMACs of a forward pass of one image, images a second of a forward pass and of a
-training step (forward, losses, backward, optimizer), and what a forward pass and a training step add to the memory at its peak.
+It prints a Markdown table.  Its columns are parameters, GMACs of a forward pass on one image, images
+per second of a forward pass and of a training step (forward, losses, backward, optimizer), and the
+peak memory that each of the two adds.
 """
 
 import argparse
@@ -31,18 +32,20 @@ from eval import PAPER_CLASSES, run, start_processes
 
 
 def peers(variant):
-    """Classifiers of torchvision of about the same size."""
+    """Names of torchvision's classifiers of about the same size."""
     return ("swin_s", "convnext_small") if variant == "small" else ("swin_t", "convnext_tiny")
 
 
 def build(name):
-    """A model with fresh weights: "VARIANT TASK" of ClusterFormer, or torchvision's classifier of that name."""
-    variant, *task = name.split()
-    return ClusterFormer(*task, variant, PAPER_CLASSES[task[0]]) if task else torchvision.models.get_model(name)
+    """An untrained model.  name: "VARIANT TASK" of ClusterFormer, or a classifier of torchvision."""
+    if " " not in name:
+        return torchvision.models.get_model(name)
+    variant, task = name.split()
+    return ClusterFormer(task, variant, PAPER_CLASSES[task])
 
 
 def usual_targets(model, images):
-    """Labels for cls; for the dense tasks seven rectangles an image, as many objects as COCO has on average."""
+    """Labels for cls; for the dense tasks seven rectangles per image, as many as COCO has objects."""
     n, (height, width) = len(images), images.shape[-2:]
     if getattr(model, "task", "cls") == "cls":
         return torch.zeros(n, dtype=torch.int64, device=images.device)
@@ -55,7 +58,7 @@ def usual_targets(model, images):
 
 
 def work(model, images, optimizer=None):
-    """What is measured: a forward pass or, with an optimizer, a training step; in bfloat16 on a GPU, as in train.py."""
+    """What is measured: a forward pass or, with an optimizer, a training step.  On a GPU in bfloat16."""
     model.train(optimizer is not None)
     with torch.set_grad_enabled(optimizer is not None):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
@@ -74,22 +77,23 @@ def work(model, images, optimizer=None):
 
 
 def resident_peak(process="self"):
-    """The most bytes that a process had in memory at once, from the kernel's count of resident pages."""
+    """Peak resident memory of a process in bytes, as counted by the kernel (Linux)."""
     with open(f"/proc/{process}/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def peak_memory(name, training, shape, device):
-    """Bytes that a model, its optimizer and its work add at the peak; on a CPU, to a process of its own.
+    """Peak memory in bytes that a model, its optimizer and two runs of work() add.
 
-    Of a CPU it is known on Linux only; elsewhere nan.
+    On a CPU, call it in a fresh process: it measures the whole process.  It returns nan on a CPU
+    outside of Linux.
     """
     on_cpu = device.type == "cpu"
     if on_cpu and sys.platform != "linux":
         return math.nan
     if on_cpu:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak counts from here, not from the imports
+            file.write("5")  # reset the peak, which would include the imports
     else:
         torch.cuda.reset_peak_memory_stats()
     before = resident_peak() if on_cpu else torch.cuda.memory_allocated()
@@ -101,18 +105,17 @@ def peak_memory(name, training, shape, device):
 
 
 def in_a_process(function, *arguments):
-    """function(*arguments), in a fresh process: its count of memory starts from what the imports take."""
+    """Return function(*arguments), called in a fresh process, whose memory holds only the imports."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def benchmark(variant, task, image_size, batch_size, device, compiled=False, rounds=9):
-    """Measures a variant, for cls beside its peers of torchvision.  Returns a list of rows, dictionaries; the first is 1 x.
+    """Measure a variant and, for cls, its peers.  Returns a dictionary per model.
 
     image_size: (height, width).
-
-    The models take turns, round after round, since other work on a machine comes and goes: a ratio is the median over
-    the rounds of the ratios within a round.
+    In each round, every model is timed once.  The load of a machine changes between rounds, so each
+    ratio to the first model is taken within a round, and the median over the rounds is returned.
     """
     names = (*(peers(variant) if task == "cls" else ()), f"{variant} {task}")
     shape = (batch_size, 3, *image_size)
@@ -125,14 +128,17 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=False, rou
         parameters = sum(parameter.numel() for parameter in model.parameters())
         memory = []
         for training in (False, True):
-            each = name, training, shape, device
-            memory.append(in_a_process(peak_memory, *each) if device.type == "cpu" else peak_memory(*each))
-        rows.append(dict(model=name, parameters=parameters, macs=counter.get_total_flops() // 2, memory=memory))
+            arguments = name, training, shape, device
+            on_cpu = device.type == "cpu"
+            memory.append(in_a_process(peak_memory, *arguments) if on_cpu else peak_memory(*arguments))
+        macs = counter.get_total_flops() // 2
+        rows.append(dict(model=name, parameters=parameters, macs=macs, memory=memory))
         model = model.to(device)
         for mode in ["eager", "compiled"][: 1 + compiled]:
             runner = torch.compile(model) if mode == "compiled" else model
             runs[name, mode, "forward"] = (runner, images)
-            runs[name, mode, "training"] = (runner, images, torch.optim.AdamW(model.parameters(), fused=True))
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            runs[name, mode, "training"] = (runner, images, optimizer)
     for run in tqdm(runs.values(), "warm up", leave=False, disable=None):
         work(*run)
         work(*run)
@@ -155,23 +161,26 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=False, rou
 
 
 def loading_speed(data, image_size, images=300):
-    """Images a second that one core reads and augments for training, as in the ImageNet recipe, from DIR/train/."""
+    """Images per second that one core reads from DIR/train/ and augments by the ImageNet recipe."""
     dataset = Folder(data, "train", train_transform(image_size, randaugment=27, erasing=0.25))
     torch.set_num_threads(1)  # as in a loader process
-    start = time.process_time()  # the seconds of a core, whatever else the machine does
+    start = time.process_time()  # seconds of CPU time, independent of other load
     for key in tqdm(range(images), "loading", leave=False, disable=None):
         dataset[key // len(dataset), key % len(dataset)]
     return images / (time.process_time() - start)
 
 
 def print_benchmark(rows):
-    """The rows of benchmark() as a table in Markdown; x is times the first row."""
+    """Print the rows of benchmark() as a Markdown table, with ratios to the first row."""
     speeds = [key for key in rows[0] if " " in key]
-    table = [["", "M parameters", "GMACs", *(f"{speed} /s" for speed in speeds), "forward MiB", "training MiB"]]
+    titles = ["", "M parameters", "GMACs", *(f"{speed} /s" for speed in speeds)]
+    table = [[*titles, "forward MiB", "training MiB"]]
     for row in rows:
         cells = [row["model"], f"{row['parameters'] / 1e6:.1f}", f"{row['macs'] / 1e9:.2f}"]
-        cells += [f"{row[speed]['images_per_second']:.4g} ({row[speed]['ratio']:.2f}x)" for speed in speeds]
-        cells += [f"{own / 2**20:.0f} ({own / peer:.2f}x)" for own, peer in zip(row["memory"], rows[0]["memory"])]
+        timed = [row[speed] for speed in speeds]
+        cells += [f"{x['images_per_second']:.4g} ({x['ratio']:.2f}x)" for x in timed]
+        memory = zip(row["memory"], rows[0]["memory"])
+        cells += [f"{own / 2**20:.0f} ({own / peer:.2f}x)" for own, peer in memory]
         table.append(cells)
     table.insert(1, ["---"] * len(table[0]))
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -180,15 +189,20 @@ def print_benchmark(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=PAPER_CLASSES, default="cls", help="model to measure (default: cls)")
-    parser.add_argument("--variant", choices=VARIANTS, default="tiny", help="size of the model (default: tiny)")
-    size = "a side, or height and width, in pixels (default: 224, dense tasks 512)"
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    task = "task of the model (default: cls)"
+    parser.add_argument("--task", choices=PAPER_CLASSES, default="cls", help=task)
+    variant = "size of the model (default: tiny)"
+    parser.add_argument("--variant", choices=VARIANTS, default="tiny", help=variant)
+    size = "one side, or height and width, in pixels (default: 224, dense tasks 512)"
     parser.add_argument("--image-size", type=int, nargs="+", help=size)
     batch_size = "images per step (default: cls 128, on a CPU 8; dense tasks 16, on a CPU 1)"
     parser.add_argument("--batch-size", type=int, help=batch_size)
-    parser.add_argument("--compile", action="store_true", help="measure compiled models, too; takes minutes to start")
-    parser.add_argument("--data", metavar="DIR", help="also how fast DIR/train/<class>/ is loaded (default: not measured)")
+    compiled = "also measure compiled models; takes minutes to start"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    data = "also measure how fast DIR/train/<class>/ loads (default: not measured)"
+    parser.add_argument("--data", metavar="DIR", help=data)
     args = parser.parse_args()
     sides = args.image_size or [224 if args.task == "cls" else 512]
     if len(sides) > 2 or min(sides) < 32:
@@ -197,17 +211,21 @@ def main():
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     _, world_size, device = start_processes()
     if world_size > 1:
-        raise InputError("it measures one device: start it without torchrun")
-    batch_size = args.batch_size or (128 if device.type == "cuda" else 8) // (1 if args.task == "cls" else 8)
+        raise InputError("the benchmark measures one device; start it without torchrun")
+    default = 128 if device.type == "cuda" else 8
+    batch_size = args.batch_size or (default if args.task == "cls" else default // 8)
     height, width = sides[0], sides[-1]
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
     print(f"{batch_size} images of {height} x {width} on {where}, torch {torch.__version__}\n")
     rows = benchmark(args.variant, args.task, (height, width), batch_size, device, args.compile)
     print_benchmark(rows)
     if args.data:
         loaded = loading_speed(args.data, height)
         cores = rows[-1]["eager training"]["images_per_second"] / loaded
-        print(f"\na core loads {loaded:.0f} training images/s from {args.data}; {cores:.2g} of them feed the training step")
+        speed = f"one core loads {loaded:.0f} training images/s from {args.data}"
+        print(f"\n{speed}; the training step needs {cores:.2g} such cores")
 
 
 if __name__ == "__main__":
