@@ -555,8 +555,8 @@ class Backbone(nn.Module):
         maps, layouts = [], []
         for i, blocks in enumerate(self.stages):
             if i > 0:
-                x = mask_padding(self.downsample_norms[i - 1](x), layout)
-                x = self.downsamples[i - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+                x = mask_padding(self.downsample_norms[i - 1](x), layout)  # (B, H, W, C)
+                x = self.downsamples[i - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # half of H, W
                 real = None if sizes is None else -(-sizes // self.strides[i])
                 layout = make_layout(x.shape[1], x.shape[2], real, x.device)
             for block in blocks:
@@ -604,7 +604,7 @@ class ClassificationHead(nn.Module):
         self.classifier = nn.Linear(dim, num_classes)
 
     def forward(self, maps, layouts):
-        """maps: of the backbone, (B, H, W, C); only the last is used.  Returns logits (B, classes)."""
+        """maps: of the backbone, (B, H, W, C); the last is used.  Returns {"logits": (B, classes)}."""
         tokens, layout = self.norm(maps[-1]), layouts[-1]
         bias = center_bias(layout.center_mask)
         C, _ = self.cluster(self.initial(tokens, layout), tokens, layout.token_mask, bias)
@@ -614,7 +614,7 @@ class ClassificationHead(nn.Module):
         else:
             real = layout.center_mask[..., None].to(C.dtype)
             mean = (C * real).sum(1) / real.sum(1)
-        with torch.autocast(mean.device.type, enabled=False):  # bfloat16 would often tie them
+        with torch.autocast(mean.device.type, enabled=False):  # bfloat16 would tie likely classes
             return {"logits": self.classifier(mean.to(self.classifier.weight.dtype))}
 
     def loss(self, output, targets):
@@ -692,7 +692,8 @@ def cell_boxes(layout):
         sides.append((12 * variance + 4 * half_token**2).sqrt())  # + a token's own side
     (x, y), (width, height) = centers, sides
     columns, rows = torch.stack([x, width], -1)[:, None], torch.stack([y, height], -1)[:, :, None]
-    return torch.stack(torch.broadcast_tensors(columns, rows), -1).flatten(3).flatten(1, 2)
+    boxes = torch.stack(torch.broadcast_tensors(columns, rows), -1)  # (B, kh, kw, 2, 2)
+    return boxes.flatten(3).flatten(1, 2)  # (B, K, 4)
 
 
 def cxcywh_to_xyxy(boxes):
@@ -1275,7 +1276,8 @@ def top_detections(probability, boxes, threshold=0.6):
     """The best (center, class) pairs, at most 100, without duplicates.
 
     A duplicate has an IoU above the threshold with a better pair of its class, even with one that
-    is itself a duplicate.  Ours: a fully trained model rarely predicts duplicates, but others do.
+    is itself a duplicate.  Ours: a fully trained model rarely predicts duplicates; after a
+    short training they are common.
     probability: (K, classes). boxes: (K, 4) cxcywh.  Returns scores, labels and centers, (n,) each.
     """
     scores, pairs = probability.flatten().topk(min(100, probability.numel()))
@@ -1388,7 +1390,7 @@ class DetectionHead(DenseHead):
 
 
 class InstanceHead(DenseHead):
-    """inst: boxes and masks.  Scores are multiplied by the mean of their mask (Mask2Former)."""
+    """inst: boxes and masks.  A score is class probability times mean mask probability (Mask2Former)."""
 
     def predict_image(self, probability, boxes, masks, size):
         scores, labels, centers = top_detections(probability, boxes)

@@ -99,7 +99,12 @@ class Settings:
     randaugment: int = setting(0, AUGMENT_HELP, 0, 31)
     erasing: float = setting(0.0, "cls: probability of erasing a rectangle", 0, 1)
 
+    @property
+    def mixing(self):
+        return self.mixup > 0 or self.cutmix > 0
 
+
+CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
 DENSE = replace(CLS, image_size=96, batch_size=16)
 FILES = replace(CLS, variant="tiny", drop_path=None, ema=0.9999)
@@ -154,7 +159,7 @@ def check_settings(settings):
             raise InputError(f"{flag} must be at least {least}, got {value}")
         if below is not None and value is not None and value >= below:
             raise InputError(f"{flag} must be below {below}, got {value}")
-        if limits["text"].startswith("cls: ") and item.name != "task" and value and settings.task != "cls":
+        if item.name in CLS_ONLY and value and settings.task != "cls":
             raise InputError(f"{flag} works with --task cls only; {settings.task} has its own augmentation")
 
 
@@ -384,15 +389,14 @@ class Run:
     def gradients(self, chunks):
         """Backward passes of this process's part of a batch.  Returns its losses, a dictionary."""
         settings, device = self.settings, self.device
-        mixing = settings.mixup > 0 or settings.cutmix > 0
         # With mixing, the first sample of a chunk is only mixed into the second, and has no loss.
-        count = sum(self.model.count(targets[int(mixing) :]) for _, targets in chunks)
+        count = sum(self.model.count(targets[int(settings.mixing) :]) for _, targets in chunks)
         total = self.all_reduce(torch.full((), float(count), device=device)).clamp(min=1)
         parts = Counter()
         for i, chunk in enumerate(chunks):
             images, targets = (batch_to_device(part, device) for part in chunk)
             images = as_float(images)
-            if mixing:
+            if settings.mixing:
                 strength = settings.mixup, settings.cutmix, settings.seed, self.step
                 images, targets = mix(images, targets, len(self.train.classes), *strength)
             # Processes exchange gradients once per step, in the last chunk.
@@ -523,7 +527,7 @@ def main():
         rank,
         world_size,
         settings.accumulate,
-        settings.mixup > 0 or settings.cutmix > 0,
+        settings.mixing,
         job.step,
     )
     readable = SkipBroken(train, settings.workers)
