@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Data sets and augmentation; this file knows nothing of models.
+"""Data sets and augmentation, independent of the model.
 
-    shapes        drawn from (seed, epoch, index): no download, no files, every epoch new scenes; the default
-    ImageFolder   DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg: ImageNet and anything else laid out like it
-    COCO          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments of any categories
+    shapes        scenes drawn from (seed, epoch, index): no files, new scenes in every epoch
+    Folder        DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, for example ImageNet
+    COCO          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments
     ADE20K        DIR/images/ and DIR/annotations/: label maps of any number of classes
 
-Files are read as they are found, from whatever tool: where their meaning is certain, they are read, in training as in
-evaluation; where it is not, check() ends the run with one line before the first step.
+Files from many tools are accepted as long as their meaning is unambiguous.  If it is not, the run
+ends with a one-line error before the first step.
 
-Nothing here depends on how many processes or workers read: a sample and its augmentation are a function of
-(seed, epoch, index), the order of samples of (seed, epoch), mixup and cutmix of (seed, step).  A run can
-therefore be repeated, split over more devices, or taken up in the middle, and sees the same images.
+A sample and its augmentation depend only on (seed, epoch, index), the order of samples on (seed,
+epoch), and mixup and cutmix on (seed, step).  A run that is repeated, split over more devices or
+resumed therefore sees the same images.
 """
 
 import contextlib
@@ -30,44 +30,39 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
+from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-MEAN_COLOR = (0.485, 0.456, 0.406)  # ImageNet's; what erasing and rotation leave behind looks like nothing
-
 
 class InputError(ValueError):
-    """Something about the user's files or flags; its message is one line: what is wrong, where, what to do."""
+    """A problem with the user's files or flags: one line with what is wrong, where, and the fix."""
 
 
 class Unreadable(InputError):
-    """A file that is no image, or half of one.  Training can do without a few."""
+    """An image file that is truncated or not an image.  Training skips a few of these."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Shapes: scenes with things, stuff, occlusion and texture, drawn in about a millisecond
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 def star(u, v):
-    """Five points: fold the plane into one tenth of the star, then measure to the edge from tip to notch."""
+    """Fold the plane into one tenth of the star, then measure to the edge from tip to notch."""
     tenth = math.pi / 5
-    angle = np.abs(np.arctan2(u, v) % (2 * tenth) - tenth)
-    radius = np.hypot(u, v)
+    angle, radius = np.abs(np.arctan2(u, v) % (2 * tenth) - tenth), np.hypot(u, v)
     notch_u, notch_v = 0.42 * math.cos(tenth), 0.42 * math.sin(tenth)
     length = math.hypot(1 - notch_u, notch_v)
     return ((radius * np.cos(angle) - 1) * notch_v + radius * np.sin(angle) * (1 - notch_u)) / length
 
 
-# Class of thing -> signed distance (roughly; negative inside) at (u, v) in units of the thing's radius.
+# Class of thing -> signed distance (roughly; negative inside) at (u, v) in units of its radius.
 THINGS = {
     "disc": lambda u, v: np.hypot(u, v) - 0.9,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.22,
@@ -75,67 +70,66 @@ THINGS = {
     "bar": lambda u, v: np.maximum(np.abs(u) - 1, np.abs(v) - 0.32),
     "triangle": lambda u, v: np.maximum(-v, 0.866 * np.abs(u) + 0.5 * v) - 0.5,
     "star": star,
-    "cross": lambda u, v: np.maximum(np.maximum(np.abs(u), np.abs(v)) - 0.95, np.minimum(np.abs(u), np.abs(v)) - 0.28),
+    "cross": lambda u, v: np.maximum(np.maximum(abs(u), abs(v)) - 0.95, np.minimum(abs(u), abs(v)) - 0.28),
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.72 - np.hypot(u - 0.45, v)),
 }
-# Stuff is told apart by its pattern alone.  Things wear the same patterns, so a pattern says nothing about a thing.
+# Only the pattern identifies stuff.  Things have the same patterns, independent of their class.
 STUFF = ("plain", "stripes", "checks", "dots", "grain")
+VISIBLE = 20  # minimum number of visible pixels for a thing or a class of stuff to be annotated
 
 
 def pattern(rng, kind, x, y):
-    """Values in [-1, 1] of a randomly turned and scaled pattern at pixel columns x (1, w) and rows y (h, 1)."""
+    """A randomly rotated and scaled pattern in [-1, 1].  x: columns (1, w).  y: rows (h, 1)."""
     h, w = len(y), x.shape[1]
     if kind == "plain":
         return np.zeros((h, w), np.float32)
     if kind == "grain":
-        return rng.uniform(-1, 1, (h // 2 + 1, w // 2 + 1)).astype(np.float32).repeat(2, 0).repeat(2, 1)[:h, :w]
+        grain = rng.uniform(-1, 1, (h // 2 + 1, w // 2 + 1)).astype(np.float32)
+        return grain.repeat(2, 0).repeat(2, 1)[:h, :w]
     angle, wavelength, phase = rng.uniform(0, math.pi), rng.uniform(5, 9), rng.uniform(0, 2 * math.pi)
     cos, sin = 2 * math.pi / wavelength * math.cos(angle), 2 * math.pi / wavelength * math.sin(angle)
-    across = np.sin(cos * x + (sin * y + phase))
+    across, along = np.sin(cos * x + (sin * y + phase)), np.sin(cos * y - sin * x)
     if kind == "stripes":
         return across
-    along = np.sin(cos * y - sin * x)
     return np.sign(across * along) if kind == "checks" else np.maximum(across + along, 0) - 1
 
 
 def paint(rng, base, kind, x, y):
-    """Colors (3, h, w): the base color, swung by the pattern towards another one and away from it."""
+    """Colors (3, h, w): a base color plus the pattern times a random color difference."""
     swing = rng.uniform(-0.15, 0.15, (3, 1, 1)).astype(np.float32)
     return base.reshape(3, 1, 1) + swing * pattern(rng, kind, x, y)
 
 
 def draw_scene(rng, size, things):
-    """One scene: three to five regions of stuff, and things over them, later ones on top.
+    """Draw three to five regions of stuff, then things, each one over the previous ones.
 
-    rng: numpy Generator.  size: side in pixels.  things: list of (class index, radius, x, y), radius and center
-    in fractions of the side; rotation, stretch, color and pattern are drawn here, independent of the class.
-    Returns the image, uint8 (3, size, size), and the segments, int64 (size, size): i for the visible pixels of
-    things[i], -1 - s for stuff of class s.
+    things: list of (class, radius, x, y), with radius and center as fractions of the side.
+    Rotation, stretch, color and pattern are drawn here, independent of the class.
+    Returns the image, uint8 (3, size, size), and segments, int64 (size, size): i for the visible
+    pixels of things[i], -1 - s for stuff of class s.
     """
     x = np.arange(size, dtype=np.float32)[None]  # (1, size)
     y = x.T
     kinds = rng.permutation(len(STUFF))[: rng.integers(3, len(STUFF) + 1)]
-    bend = (size / 24) * np.sin(x * (20 / size) + y * (12 / size))  # borders between regions are curved
+    bend = (size / 24) * np.sin(x * (20 / size) + y * (12 / size))  # borders are curved
     sites = rng.uniform(0, size, (len(kinds), 2)).tolist()
     nearest = np.stack([(x - sx + bend) ** 2 + (y - sy + bend) ** 2 for sx, sy in sites]).argmin(0)
     image = np.empty((3, size, size), np.float32)
-    for i, kind in enumerate(kinds):
-        base = (rng.uniform(0.25, 0.75) + rng.uniform(-0.15, 0.15, 3)).astype(np.float32)  # muted; things are vivid
+    for i, kind in enumerate(kinds):  # stuff has muted colors, things have vivid ones
+        base = (rng.uniform(0.25, 0.75) + rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
         np.copyto(image, paint(rng, base, STUFF[kind], x, y), where=nearest == i)
     segments = -1 - kinds[nearest]
-
     for i, (category, radius, cx, cy) in enumerate(things):
         radius, cx, cy = radius * size, cx * size, cy * size
-        reach = 1.2 * radius + 1  # nothing of the thing lies farther from its center
-        rows = slice(max(0, int(cy - reach)), max(0, int(cy + reach) + 1))
-        columns = slice(max(0, int(cx - reach)), max(0, int(cx + reach) + 1))
+        reach = 1.2 * radius + 1  # the thing lies within this distance of its center
+        rows, columns = (slice(max(0, int(c - reach)), max(0, int(c + reach) + 1)) for c in (cy, cx))
         dx, dy = (x[:, columns] - cx) / radius, (y[rows] - cy) / radius
         angle, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.92, 1.08)
         u = math.cos(angle) * stretch * dx + math.sin(angle) * stretch * dy
         v = math.cos(angle) / stretch * dy - math.sin(angle) / stretch * dx
-        alpha = np.clip(0.5 - radius * list(THINGS.values())[category](u, v), 0, 1)  # one pixel of soft edge
+        alpha = np.clip(0.5 - radius * list(THINGS.values())[category](u, v), 0, 1)  # soft edge
         under = image[:, rows, columns]
-        # Of three colors take the one farthest from what it covers: a thing that cannot be seen teaches nothing.
+        # Of three colors, take the one farthest from the background, so that the thing is visible.
         colors = rng.uniform(0, 1, (3, 3)).astype(np.float32)
         base = colors[np.abs(colors - under.mean((1, 2))).sum(1).argmax()]
         color = paint(rng, base, STUFF[rng.integers(len(STUFF))], x[:, columns], y[rows])
@@ -145,186 +139,175 @@ def draw_scene(rng, size, things):
     return (image.clip(0, 1) * 255).astype(np.uint8), segments
 
 
+def draw_thing(rng, radius, place):
+    """Draw (class, radius, x, y) uniformly; radius and place are ranges (low, high)."""
+    category = int(rng.integers(len(THINGS)))
+    return category, rng.uniform(*radius), rng.uniform(*place), rng.uniform(*place)
+
+
 def dominant_thing(rng):
-    """A scene for classification: one large thing, one to three small ones anywhere, and the large one's class."""
-    things = [
-        (int(rng.integers(len(THINGS))), rng.uniform(0.08, 0.13), rng.uniform(), rng.uniform())
-        for _ in range(rng.integers(1, 4))
-    ]
-    label = int(rng.integers(len(THINGS)))
-    large = (label, rng.uniform(0.32, 0.45), rng.uniform(0.4, 0.6), rng.uniform(0.4, 0.6))
-    things.insert(rng.integers(len(things) - 1, len(things) + 1), large)  # one small thing at most lies over it
-    return things, label
+    """One large thing, one to three small ones anywhere; and the class of the large one."""
+    things = [draw_thing(rng, (0.08, 0.13), (0, 1)) for _ in range(rng.integers(1, 4))]
+    large = draw_thing(rng, (0.32, 0.45), (0.4, 0.6))
+    things.insert(rng.integers(len(things) - 1, len(things) + 1), large)  # at most one small thing covers it
+    return things, large[0]
 
 
-def scattered_things(rng):
-    """A scene for the dense tasks: one to six things, some cut by the frame, later ones over earlier ones."""
-    return [
-        (int(rng.integers(len(THINGS))), rng.uniform(0.10, 0.28), rng.uniform(0.02, 0.98), rng.uniform(0.02, 0.98))
-        for _ in range(rng.integers(1, 7))
-    ]
-
-
-VISIBLE = 20  # pixels that must be seen of a thing, or of a kind of stuff, for it to be annotated
-
-
-def indexed(content):
-    """The content of an instances file -> pycocotools' COCO object."""
+def indexed(**tables):
+    """Convert the tables of an instances file to pycocotools' COCO object."""
     coco = COCO()
-    coco.dataset = content
+    coco.dataset = tables
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 
 
 class Shapes(Dataset):
-    """Scenes drawn from (seed, epoch, index); validation scenes do not depend on the seed, nor on the epoch.
-
-    cls: a large thing among small ones.  det, inst: the things.  sem: the classes of all pixels.  pan: things and stuff.
-    """
+    """Scenes drawn from (seed, epoch, index); validation scenes depend only on the index."""
 
     def __init__(self, length, size, seed, split, task="cls"):
         self.length, self.size, self.seed, self.split, self.task = length, size, seed, split, task
-        self.classes = list(THINGS) + (list(STUFF) if task in ("sem", "pan") else [])
+        self.classes = [*THINGS, *(STUFF if task in ("sem", "pan") else ())]
         self.things = [name in THINGS for name in self.classes]
         self.categories = list(range(1, len(self.classes) + 1))
-
-    def name(self, index):
-        return f"scene {index}"
 
     def __len__(self):
         return self.length
 
+    def name(self, index):
+        return f"scene {index}"
+
     def scene(self, epoch, index):
-        """Image, uint8 (3, size, size); what it shows, a list of (class, mask: bool (size, size)); the label, for cls."""
-        train = self.split == "train"
+        """Image, uint8 (3, size, size), list of (class, mask: bool (size, size)), and label (cls)."""
+        drawn_from = (0, self.seed, epoch, index) if self.split == "train" else (1, index)
+        rng = np.random.default_rng((drawn_from[0] + 2 * (self.task != "cls"), *drawn_from[1:]))
         if self.task == "cls":
-            rng = np.random.default_rng((0, self.seed, epoch, index) if train else (1, index))
             things, label = dominant_thing(rng)
             return draw_scene(rng, self.size, things)[0], [], label
-        rng = np.random.default_rng((2, self.seed, epoch, index) if train else (3, index))
-        things = scattered_things(rng)
+        # One to six things.  The frame cuts some of them off.
+        things = [draw_thing(rng, (0.10, 0.28), (0.02, 0.98)) for _ in range(rng.integers(1, 7))]
         image, segments = draw_scene(rng, self.size, things)
         shown = [(category, segments == i) for i, (category, *_) in enumerate(things)]
-        if self.task == "sem":  # one mask a class, which by_regions cuts into its parts
-            shown = [(c, np.any([mask for k, mask in shown if k == c], 0)) for c in sorted({c for c, _ in shown})]
         if self.task in ("sem", "pan"):
             shown += [(len(THINGS) + s, segments == -1 - s) for s in range(len(STUFF))]
         return image, [(category, mask) for category, mask in shown if mask.sum() >= VISIBLE], None
 
     def __getitem__(self, key):
-        """key: (epoch, index).  Returns the image, uint8 (3, size, size), and for cls its label, an int.
-
-        The other tasks' targets are described with the dense data sets below.
-        """
+        """key: (epoch, index).  Returns image, uint8 (3, size, size), and label, or target: see Dense."""
         image, shown, label = self.scene(*key)
         image = torch.from_numpy(image)
         if self.task == "cls":
             return image, label
         if self.split == "val":
             return image, dict(index=key[1], size=(self.size, self.size))
-        masks = torch.from_numpy(np.array([mask for _, mask in shown], bool).reshape(-1, self.size, self.size))
+        masks = np.array([mask for _, mask in shown], bool).reshape(-1, self.size, self.size)
         labels = torch.tensor([category for category, _ in shown], dtype=torch.int64)
-        target = target_of(labels, None, masks, masks.shape[1:])
+        target = target_of(labels, None, torch.from_numpy(masks), image.shape[1:])
         if self.task == "det":
             del target["masks"]
-        return image, by_regions(target) if self.task == "sem" else target
+        return image, target
 
     def coco(self):
         """The validation scenes as a COCO object."""
         images = [dict(id=index, width=self.size, height=self.size) for index in range(len(self))]
+        found = [(i, *shown) for i in range(len(self)) for shown in self.scene(0, i)[1]]
         annotations = []
-        for index in range(len(self)):
-            for category, mask in self.scene(0, index)[1]:
-                rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-                annotations.append(
-                    dict(id=len(annotations) + 1, image_id=index, category_id=self.categories[category], iscrowd=0)
-                    | dict(bbox=mask_utils.toBbox(rle).tolist(), area=int(mask.sum()), segmentation=rle)
-                )
+        for number, (index, c, mask) in enumerate(found, 1):
+            rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
+            bbox, area = mask_utils.toBbox(rle).tolist(), int(mask.sum())
+            entry = dict(id=number, image_id=index, category_id=self.categories[c], iscrowd=0)
+            annotations.append(entry | dict(bbox=bbox, area=area, segmentation=rle))
         categories = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
-        return indexed(dict(images=images, annotations=annotations, categories=categories))
-
-    def label_map(self, index):
-        """Classes of the pixels of a scene, int64 (size, size), -1 where not annotated."""
-        labels = torch.full((self.size, self.size), -1)
-        for category, mask in self.scene(0, index)[1]:
-            labels[torch.from_numpy(mask)] = category
-        return labels
+        return indexed(images=images, annotations=annotations, categories=categories)
 
     def segments(self, index):
-        """Ids of the segments of a scene, int64 (size, size), 0 where void, and a dictionary for each segment."""
+        """Segment ids, int64 (size, size), 0 for void, and a dictionary per segment."""
         ids, table = torch.zeros(self.size, self.size, dtype=torch.int64), []
         for number, (category, mask) in enumerate(self.scene(0, index)[1], 1):
             ids[torch.from_numpy(mask)] = number
             table.append(dict(id=number, category_id=self.categories[category], iscrowd=0))
         return ids, table
 
+    def label_map(self, index):
+        """Classes of pixels, int64 (size, size), -1 for void."""
+        ids, table = self.segments(index)
+        return torch.tensor([-1, *(segment["category_id"] - 1 for segment in table)])[ids]
 
-# ---------------------------------------------------------------------------------------------------------------
-# Folders of images
-# ---------------------------------------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
+# Images, and folders of classes
+# -------------------------------------------------------------------------------------------------
+MEAN_COLOR = [124, 116, 104]  # ImageNet's mean; fills what erasing and rotation remove
+
+
 @contextlib.contextmanager
 def seeded(*numbers):
-    """Inside, torch's CPU random numbers are a function of the numbers; outside, nothing has changed."""
+    """Seed torch's CPU random numbers inside the block only."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+        state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(state[0]))
         yield
 
 
 @contextlib.contextmanager
 def opened(path):
-    """A PIL image; whatever PIL raises for files that are no images, or half of one, becomes Unreadable."""
+    """A PIL image.  Raises Unreadable if the file is truncated or not an image."""
     try:
         with Image.open(path) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+        what = f"cannot be read as an image ({error}); replace or remove it"
+        raise Unreadable(f"{path}: {what}") from error
 
 
 def header_size(path):
-    """Height and width of an image as load_image gives it, without decoding its pixels."""
+    """Height and width that load_image would return, without decoding pixels."""
     with opened(path) as image:
-        turned = Image.Image.getexif(image).get(0x0112) in range(5, 9)  # PNG's own getexif() decodes the image
-        return image.size if turned else image.size[::-1]
+        exif = Image.Image.getexif(image)  # PNG's own getexif() decodes the image
+        return image.size if exif.get(0x0112) in range(5, 9) else image.size[::-1]
 
 
 def load_image(path):
-    """The image as PIL RGB, upright: gray, palette, CMYK, 16-bit and EXIF-rotated files included."""
+    """PIL RGB, upright.  Accepts gray, palette, CMYK, 16-bit and EXIF-rotated files."""
     with opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies the pixels of every image
-        if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255 instead of scaling
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image
+        if image.mode.startswith("I"):  # 16-bit gray; convert() would clip at 255 instead of scaling
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def train_transform(size, randaugment, erasing):
-    """PIL RGB -> uint8 (3, size, size).  randaugment: magnitude, 0 (none) to 30.  erasing: probability."""
-    steps = [v2.RandomResizedCrop(size, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
-    fill = [round(255 * value) for value in MEAN_COLOR]
-    if randaugment:
-        operation = v2.RandAugment(1, randaugment, interpolation=InterpolationMode.BILINEAR, fill=fill)
-        steps += [v2.RandomApply([operation], 0.5)] * 2  # one operation on average, as in Swin's recipe, not always two
-    steps.append(v2.ToImage())
-    if erasing:
-        steps.append(v2.RandomErasing(erasing, value=fill))
-    return v2.Compose([*steps, v2.ToPureTensor()])
+    """PIL RGB -> uint8 (3, size, size).  randaugment: magnitude, 0 to 30.  erasing: probability."""
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+    steps = [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+    if randaugment:  # one operation on average, as in Swin's recipe
+        operation = v2.RandAugment(1, randaugment, interpolation=bilinear, fill=MEAN_COLOR)
+        steps += [v2.RandomApply([operation], 0.5)] * 2
+    erase = [v2.RandomErasing(erasing, value=MEAN_COLOR)] if erasing else []
+    return v2.Compose([*steps, v2.ToImage(), *erase, v2.ToPureTensor()])
 
 
 def eval_transform(size):
-    """PIL RGB -> uint8 (3, size, size): the central 7/8 of the short side, as is usual (224 of 256)."""
+    """PIL RGB -> uint8 (3, size, size): the central 7/8 of the short side (224 of 256)."""
     resize = v2.Resize(round(size * 256 / 224), interpolation=InterpolationMode.BICUBIC)
     return v2.Compose([resize, v2.CenterCrop(size), v2.ToImage(), v2.ToPureTensor()])
 
 
 def is_hidden(name):
-    """Whether a file or folder is one of those that systems and tools leave among a user's own."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+    """Whether a file or folder was probably created by the system or a tool, not by the user."""
+    left_behind = "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"
+    return name.startswith(".") or name in left_behind
+
+
+def need(*paths, takes):
+    """Raise InputError if a file or folder of a data set is missing."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise InputError(f"{path}: no such file or folder; --data takes DIR with {takes}")
 
 
 def folder_of(root, split):
-    """DIR/train, or what there is of DIR/val, DIR/valid and DIR/validation; DIR/val if there is none."""
+    """DIR/train, or the one of DIR/val, DIR/valid and DIR/validation that exists."""
     names = ("train",) if split == "train" else ("val", "valid", "validation")
     there = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
     if len(there) > 1:
@@ -332,57 +315,40 @@ def folder_of(root, split):
     return there[0] if there else os.path.join(root, names[0])
 
 
-class ClassFolders(ImageFolder):
-    """ImageFolder without what is hidden."""
-
-    def __init__(self, root):
-        inside = len(os.path.join(root, ""))
-        hidden = lambda path: any(map(is_hidden, path[inside:].split(os.sep)))
-        super().__init__(root, is_valid_file=lambda path: is_image_file(path) and not hidden(path))
-
-    def find_classes(self, directory):
-        names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
-        if not names:
-            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-        return names, {name: label for label, name in enumerate(names)}
-
-
 class Folder(Dataset):
-    """DIR/<split>/<class>/*.jpg, every sample augmented by (seed, epoch, index).
+    """DIR/<split>/<class>/*.jpg.  classes: list of names in order of their labels; None: as found."""
 
-    classes: the names whose positions are the labels (of the training split, or of a checkpoint); None: as found.
-    Raises InputError if there is no such folder, no image in it or in one of its classes, or a class not in `classes`.
-    """
+    surveyed = Counter(), []  # nothing for check() to verify
 
     def __init__(self, root, split, transform, seed=0, classes=None):
         folder = folder_of(root, split)
-        if not os.path.isdir(folder):
-            missing = folder if os.path.isdir(root) else root
-            raise InputError(f"{missing}: no such folder; --data takes DIR with DIR/train/<class>/, DIR/val/<class>/")
-        try:
-            found = ClassFolders(folder)
-        except FileNotFoundError as error:
-            raise InputError(f"{folder}: {error}".replace("\n", " ")) from error
-        self.classes = found.classes if classes is None else list(classes)
-        unknown = [name for name in found.classes if name not in self.classes]
+        need(root, folder, takes="DIR/train/<class>/ and DIR/val/<class>/")
+        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not is_hidden(x.name))
+        self.classes = found if classes is None else list(classes)
+        unknown = [name for name in found if name not in self.classes]
         if unknown:
-            names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            names = f"{', '.join(unknown[:5])}; rename or remove them"
             raise InputError(f"{folder}: {len(unknown)} classes that the model is not trained for: {names}")
-        position = [self.classes.index(name) for name in found.classes]
-        # Arrays, not a list of 1.28 million strings: reading a list's items writes to their reference counts, and
-        # every worker process would end up with a copy of its own.
-        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
-        self.labels = np.array([position[label] for _, label in found.samples])
-        self.transform, self.seed, self.surveyed = transform, seed, (Counter(), [])
+        labels = {name: self.classes.index(name) for name in found}
+        hidden = lambda path: any(map(is_hidden, path[len(folder) :].split(os.sep)))
+        shown = lambda path: is_image_file(path) and not hidden(path)
+        try:
+            samples = make_dataset(folder, labels, is_valid_file=shown)
+        except (FileNotFoundError, ValueError) as error:  # a class without images, or no class
+            what = str(error).strip(" .").replace("\n", " ") if found else "no class folder in it"
+            raise InputError(f"{folder}: {what}; put images into a folder for each class") from error
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])  # an array: see Packed
+        self.labels = np.array([label for _, label in samples])
+        self.transform, self.seed = transform, seed
 
-    def describe(self, total):
-        return [f"{len(self)} images, {len(self.classes)} classes"]
+    def __len__(self):
+        return len(self.paths)
 
     def name(self, index):
         return os.fsdecode(self.paths[index])
 
-    def __len__(self):
-        return len(self.paths)
+    def describe(self, total):
+        return [f"{len(self)} images, {len(self.classes)} classes"]
 
     def __getitem__(self, key):
         """key: (epoch, index).  Returns the image, uint8 (3, size, size), and its label, an int."""
@@ -391,50 +357,20 @@ class Folder(Dataset):
             return self.transform(image), int(self.labels[key[1]])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Dense data sets: every object, or every pixel, has a label
-# ---------------------------------------------------------------------------------------------------------------
-# In training data[epoch, index] is an image, uint8 (3, H, W), and what is in it, a dictionary:
-#
-#     labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
-#     boxes   (n, 4) float32       center x, center y, width, height, in fractions of the image
-#     masks   (n, H, W) bool       det has none
-#
-# In evaluation (no crop) the dictionary holds the image's `index` and its `size` (H, W) in the file; what is right is
-# asked of the data set: `coco()` for det and inst, `label_map(index)` for sem, `segments(index)` for pan.
-# `classes` are the names, `things` says for each class whether it is countable, `categories` its number in the files.
-
-
-class Packed:
-    """A long list of small Python objects in two arrays.
-
-    Worker processes share their parent's memory until someone writes to it, and to look at a Python object writes to its
-    count of references: a million annotations kept as objects end up once in every worker.
-    """
-
-    def __init__(self, items):
-        packed = [pickle.dumps(item, -1) for item in items]
-        self.ends = np.cumsum([0] + [len(item) for item in packed])
-        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]].tobytes())
-
-
+# -------------------------------------------------------------------------------------------------
 def box_tensor(boxes, size):
-    """A list of [left, top, right, bottom] in pixels of an image of size (H, W), as torchvision's transforms take it."""
-    return tv_tensors.BoundingBoxes(torch.tensor(boxes).float().view(-1, 4), format="XYXY", canvas_size=size)
+    """Convert n lists [left, top, right, bottom], in pixels of an image of size (H, W)."""
+    boxes = torch.tensor(boxes).float().view(-1, 4)
+    return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
 
 
 class Rescale(v2.Transform):
-    """Resizes an image, and what is in it, by one factor: the largest with sides of at most `short` and `long` pixels,
-    times a number drawn from low to high.
+    """Resize to sides of at most `short` and `long`, times a random factor in [low, high].
 
-    Only a side that would have less than 32 pixels gets those 32, the least that the model takes: for a panorama to be
-    stretched is better than to be refused, and boxes in fractions of the image stay right.
+    Unlike v2.Resize and v2.ScaleJitter, it keeps both sides at 32 pixels or more, which the model
+    needs.  This stretches extreme panoramas; boxes as fractions of the image remain correct.
     """
 
     def __init__(self, short, long, low=1.0, high=1.0):
@@ -448,760 +384,632 @@ class Rescale(v2.Transform):
         return dict(size=[max(32, round(factor * side)) for side in sides])
 
     def transform(self, value, params):
-        return functional.resize(value, params["size"])  # of masks, the nearest pixel; of images, with antialiasing
+        return functional.resize(value, params["size"])  # masks: nearest pixel; images: antialiased
 
 
 def dense_train_transform(task, size):
-    """Augmentation of an image and what is in it, of any size; training_sample then crops it to `size`.
-
-    det, inst, pan: COCO's large-scale jitter, 0.1 to 2 times what fits into size x size.
-    sem: ADE20K's, a short side of 0.5 to 2 times `size`, and changed light and colors.
-    """
-    if task != "sem":
+    """Augmentation of an image and its target; training_sample then crops to `size`."""
+    if task != "sem":  # COCO's large-scale jitter, 0.1 to 2 times what fits into size x size
         return v2.Compose([Rescale(size, size, 0.1, 2.0), v2.RandomHorizontalFlip()])
-    # Colors come first, while the image is small.  Not RandomPhotometricDistort: it also swaps red for blue, and sky
-    # is told from sand by that.
+    # ADE20K's: a short side of 0.5 to 2 times `size`.  Colors come first, while the image is small.
+    # RandomPhotometricDistort would also swap red and blue, which distinguish sand and sky.
     colors = v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
     return v2.Compose([colors, Rescale(size, 4 * size, 0.5, 2.0), v2.RandomHorizontalFlip()])
 
 
 def dense_eval_transform(size, max_size):
-    """The whole image, its short side `size` unless its long one would be more than `max_size`."""
+    """Resize the short side to `size`, or less, so that the long side is at most `max_size`."""
     return Rescale(size, max_size)
 
 
 def training_sample(image, labels, boxes, masks, transform, crop):
-    """Augments an image and what is in it.
+    """Augment an image and its target, and take a random crop of at most crop x crop pixels.
 
-    image: tv_tensors.Image.  labels: list of n ints.  boxes: BoundingBoxes (n, 4), or None where the masks say it all.
-    masks: (n, H, W) bool, or None; or, where they do not overlap, one map as of positions(), which is faster to transform.
-    transform: of torchvision.transforms.v2.  crop: pixels a side, at most; smaller images stay whole, since the model knows
-    padding from image.
-    Returns image and target as above.  What has less than a pixel left in the crop is dropped.
+    image: tv_tensors.Image.  labels: n ints.  boxes: from box_tensor, or None if there are masks.
+    masks: bool (n, H, W); or a map (H, W) from numbered(), if they do not overlap, because one map is
+    faster to transform than n masks; or None.  Returns image and target: see Dense.
     """
     parts = dict(labels=torch.tensor(list(labels), dtype=torch.int64))
-    if boxes is not None:
-        parts["boxes"] = boxes
-    if masks is not None:
-        # bool is resized by way of float, nine times slower than uint8
-        parts["masks"] = tv_tensors.Mask(masks.view(torch.uint8) if masks.dtype == torch.bool else masks)
-    image, parts = transform(image, parts)
-    height, width = image.shape[-2:]
-    h, w = min(crop, height), min(crop, width)
-    corner = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
-    image = functional.crop(image, *corner, h, w)
-    cropped = {k: functional.crop(v, *corner, h, w) if k != "labels" else v for k, v in parts.items()}
-    boxes = cropped["boxes"].as_subclass(torch.Tensor) if boxes is not None else None
-    labels, image = cropped["labels"], image.as_subclass(torch.Tensor)
     if masks is None:
-        return image, target_of(labels, boxes, None, (h, w))
-    cropped = cropped["masks"].as_subclass(torch.Tensor)
-    if masks.ndim == 3:
-        return image, target_of(labels, boxes, cropped.view(torch.bool), (h, w))
-    present = cropped.flatten().bincount(minlength=1)[1:].nonzero()[:, 0]
-    return image, target_of(labels[present], None, cropped == (present + 1).view(-1, 1, 1), (h, w))
+        parts["boxes"] = boxes
+    else:  # resizing bool converts it to float, which is nine times slower than uint8
+        parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
+    image, parts = transform(image, parts)
+    size = [min(crop, side) for side in image.shape[-2:]]  # without padding
+    image, parts = v2.RandomCrop(size)(image, parts)
+    labels = parts["labels"]
+    if masks is not None and masks.ndim == 2:
+        cropped = parts["masks"].as_subclass(torch.Tensor)
+        present = cropped.unique()
+        present = present[present > 0]
+        labels, masks = labels[present.long() - 1], cropped == present.view(-1, 1, 1)
+    elif masks is not None:
+        masks = parts["masks"].as_subclass(torch.Tensor).bool()
+    return image.as_subclass(torch.Tensor), target_of(labels, parts.get("boxes"), masks, size)
 
 
-def positions(values, numbers):
-    """Which of n numbers each pixel of a map (H, W) has: k for numbers[k - 1], 0 for none of them.
-
-    uint8, or int32 if there are many: both keep their values when they are resized to nearest pixels.
-    """
-    numbers, order = torch.tensor([-1, *numbers]).sort()  # -1: never in a map, but there is always one to be found
+def numbered(values, numbers):
+    """A map (H, W) that holds k where `values` is numbers[k - 1], and 0 elsewhere."""
+    numbers, order = torch.tensor([-2, *numbers]).sort()  # -2 is never in a map
     found = torch.searchsorted(numbers, values).clamp(max=len(numbers) - 1)
-    return torch.where(numbers[found] == values, order[found], 0).to(torch.uint8 if len(numbers) <= 256 else torch.int32)
-
-
-def as_float(images):
-    """uint8 images, in lists or alone -> float32 in [0, 1].  Done on the device: to it travels a quarter of the bytes."""
-    return [as_float(image) for image in images] if isinstance(images, list) else images.float() / 255
+    found = torch.where(numbers[found] == values, order[found], 0)
+    return found.to(torch.uint8 if len(numbers) <= 256 else torch.int32)  # resizing keeps both exact
 
 
 def target_of(labels, boxes, masks, size):
-    """labels (n,), boxes (n, 4) xyxy in pixels or None, masks (n, H, W) bool or None -> a target as above."""
-    height, width = size
-    if masks is not None:  # they know better than boxes what is left of an object
+    """Build a target: see Dense.  Drops targets smaller than a pixel.
+
+    labels: (n,).  boxes: (n, 4) xyxy in pixels, or None.  masks: bool (n, H, W), or None.
+    """
+    if masks is not None:  # after cropping, masks give tighter boxes
         seen = masks.flatten(1).any(1)
         labels, masks = labels[seen], masks[seen]
-        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]) if len(masks) else torch.zeros(0, 4)
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
     whole = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-    boxes = box_convert(boxes[whole], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+    boxes = box_convert(boxes[whole], "xyxy", "cxcywh") / torch.tensor([*size[::-1], *size[::-1]])
     target = dict(labels=labels[whole], boxes=boxes.float())
     return target if masks is None else target | dict(masks=masks[whole])
 
 
-def by_regions(target):
-    """Cuts the mask of each class into its connected regions, each a target of its own with the class as label.
+class Dense(Dataset):
+    """What Coco and Ade share.
 
-    Two stars are easier to name one by one than as one mask: see README.  Label maps of files keep one mask a class, as the
-    models that the paper compares itself with do: their regions may be more than there are centers.  In evaluation a pixel
-    gets the class of the largest sum over centers, to which it does not matter how many share a class.
-    Regions are seen at stride 4, where what almost touches is one; what is smaller than 1/400 of the image stays with the
-    largest region of its class.
-    """
-    masks, labels = target["masks"], target["labels"]
-    if not len(masks):
-        return target
-    seen = F.max_pool2d(masks.float(), 4, ceil_mode=True)  # (n, h, w)
-    number = torch.arange(1.0, seen[0].numel() + 1).view_as(seen[0]) * seen
-    while True:  # each pixel takes the highest number around it, until all of a region have the same
-        spread = F.max_pool2d(number, 3, 1, 1) * seen
-        if spread.equal(number):
-            break
-        # A number is also the name of a pixel of the region: what that pixel has by now is as high or higher.
-        number = F.pad(spread.flatten(1), (1, 0)).gather(1, spread.flatten(1).long()).view_as(spread)
-    regions = []
-    for label, of_class, mask in zip(labels, number.repeat_interleave(4, 1).repeat_interleave(4, 2), masks):
-        of_class = of_class[: mask.shape[0], : mask.shape[1]]
-        names, sizes = of_class[mask].unique(return_counts=True)
-        large = names[(400 * sizes >= mask.numel()) & (names != names[sizes.argmax()])]
-        parts = [mask & (of_class == name) for name in large]
-        regions += [(label, part) for part in [mask & ~torch.isin(of_class, large), *parts]]
-    labels, masks = map(torch.stack, zip(*regions))
-    return target_of(labels, None, masks, masks.shape[1:])
+    `classes` are names, `things` says which are countable, and `categories` are their numbers in the
+    files.  A row of `images` is file name, number, and more.
 
-
-def number(value):
-    """A number as files write it, 7, 7.0, "7" or "7.5" -> int if it is whole, float if not; None if it is no number."""
-    if isinstance(value, int):
-        return int(value)
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        return None
-    return int(value) if value.is_integer() else value
-
-
-def identifier(value):
-    """An id as files write it: 7, 7.0 and "7" are 7; any other text is an id of its own, "07" too.  None if it is no id."""
-    whole = number(value)
-    if isinstance(value, str):
-        return whole if isinstance(whole, int) and str(whole) == value else value
-    return whole if isinstance(whole, int) else None
-
-
-def positive(value):
-    """A whole number above 0, or None."""
-    return number(value) if isinstance(number(value), int) and number(value) > 0 else None
-
-
-def flag(default):
-    """A reader of 0 and 1, true and false; what is null or not there is the default."""
-    return lambda value: default if value is None else number(value) if number(value) in (0, 1) else None
-
-
-def of_type(kind):
-    return lambda value: value if isinstance(value, kind) else None
-
-
-# What is used of the entries in COCO's files, and how to read it; nothing else of them has to be there.
-COCO_ENTRIES = {
-    "images": dict(id=identifier, file_name=of_type(str), width=positive, height=positive),
-    "categories": dict(id=identifier, name=of_type(str), isthing=flag(1)),
-    "instances": dict(image_id=identifier, category_id=identifier, bbox=of_type(list), iscrowd=flag(0)),
-    "panoptic": dict(image_id=identifier, file_name=of_type(str), segments_info=of_type(list)),
-    "segments_info": dict(id=positive, category_id=identifier, iscrowd=flag(0)),
-}
-
-
-def clean_entry(kind, entry, where):
-    """An entry of a COCO file with its values as COCO_ENTRIES reads them.  Raises InputError that names what is missing."""
-    entry = entry if isinstance(entry, dict) else {}
-    read = {key: reader(entry.get(key)) for key, reader in COCO_ENTRIES[kind].items()}
-    wrong = [key for key, value in read.items() if value is None]
-    if wrong:
-        raise InputError(f"{where} has no usable {', '.join(wrong)}; correct or remove the entry")
-    return entry | read
-
-
-def clean_box(bbox, where):
-    """COCO's [left, top, width, height], as numbers."""
-    numbers = [number(value) for value in bbox]
-    if len(numbers) != 4 or {None, math.inf, -math.inf} & {*numbers}:
-        raise InputError(f"{where} has bbox {bbox}, which is not four numbers; correct or remove it")
-    return numbers
-
-
-def clip_box(bbox, size):
-    """COCO's [left, top, width, height] -> [left, top, right, bottom] inside of size (H, W); None if nothing is left."""
-    left, top, width, height = map(float, bbox)
-    box = [max(left, 0), max(top, 0), min(left + width, size[1]), min(top + height, size[0])]
-    return box if box[2] > box[0] and box[3] > box[1] else None  # None for NaN, too: it is not greater than anything
-
-
-def runs_of(counts):
-    """COCO's run lengths as text -> as numbers, int64 (n,), with -1 in it if it is no such text.
-
-    A character has five bits, and one that says whether the number goes on; from the fourth on a number is what is added
-    to the one before the last.
-    """
-    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    last = codes & 32 == 0
-    if not len(codes) or not last[-1] or codes.min() < 0 or codes.max() > 63:
-        return np.array([-1])
-    first = np.flatnonzero(np.append(True, last[:-1]))
-    place = 5 * (np.arange(len(codes)) - first[np.cumsum(last) - last])
-    runs = np.add.reduceat((codes & 31) << place, first) - ((codes[last] & 16) << (place[last] + 1))  # a sign
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs
-
-
-def clean_mask(mask, size, where):
-    """COCO's segmentation as rle_of takes it, empty if it has no inside."""
-    if not mask:
-        return []
-    if isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
-        try:
-            polygons = [np.asarray(polygon, np.float64) for polygon in mask]
-        except (TypeError, ValueError):
-            polygons = [np.zeros((0, 0))]
-        if all(polygon.ndim == 1 for polygon in polygons):
-            # Fewer than three points have no inside, and pycocotools takes four numbers for a box.
-            whole = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()]
-            if any(np.abs(polygon).max() >= 1e5 for polygon in whole):  # it would be drawn in gigabytes
-                raise InputError(f"{where} has a polygon far outside of its image; correct or remove it")
-            return [polygon.tolist() for polygon in whole]
-    if isinstance(mask, dict) and isinstance(mask.get("size"), list) and [number(x) for x in mask["size"]] == list(size):
-        counts = mask.get("counts")
-        counts = [number(run) for run in counts] if isinstance(counts, list) else counts
-        runs = runs_of(counts).tolist() if isinstance(counts, str) else counts or [None]
-        # pycocotools takes runs that end too early, and leaves in the rest whatever was in memory.
-        if all(isinstance(run, int) and run >= 0 for run in runs) and sum(runs) == math.prod(size):
-            return dict(size=list(size), counts=counts)
-    what = f"neither polygons nor run lengths of size {list(size)}"
-    raise InputError(f"{where} has a mask that is {what}; correct or remove it")
-
-
-def rle_of(mask, size):
-    """A mask in any of COCO's three forms (polygons, RLE as numbers, RLE as text) -> RLE as text."""
-    if isinstance(mask, list):
-        return mask_utils.merge(mask_utils.frPyObjects(mask, *size))
-    return mask_utils.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
-
-
-def locate(name, there, folder):
-    """The file that a COCO file calls `name`, as a path inside of `folder`, whose listing is `there`; None if it is not there.
-
-    Names that were written elsewhere have backslashes, or begin with folders that are not here: the longest end that is
-    here is meant.
-    """
-    parts = name.replace("\\", "/").split("/")
-    for end in [name] + ["/".join(parts[i:]) for i in range(len(parts))]:
-        # A listing answers at once: on a network drive, to ask for each of 118,000 files takes minutes.
-        if end in there or "/" in end and os.path.isfile(os.path.join(folder, end)):
-            return end
-
-
-class Coco(Dataset):
-    """COCO 2017's layout with any categories, any numbers: DIR/{train,val}2017/*.jpg and
-
-    det, inst   DIR/annotations/instances_{train,val}2017.json: objects with boxes, and masks as polygons or RLE
-    pan         DIR/annotations/panoptic_{train,val}2017.json: every pixel's segment, things and stuff, with the PNGs in
-                the folder panoptic_{train,val}2017 beside it or in DIR
-
-    or, for det and inst, the layout in which labeling tools export: DIR/{train,valid}/_annotations.coco.json, images beside.
-
-    Crowds are not trained on.  Boxes are clipped to their image; `dropped` objects have no area or, for inst, no mask.
-    classes: of the model, by whose names those of the file get their labels; None: those of the file.
-    Raises InputError, a line that names file and entry, where files do not belong together.
+    In training, data[epoch, index] is an image, uint8 (3, H, W), and its target, a dictionary:
+        labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
+        boxes   (n, 4) float32       center x, center y, width, height, as fractions of the image
+        masks   (n, H, W) bool       not for det
+    In evaluation (no crop), it has the image's `index` and its `size` (H, W) in the file.  The ground
+    truth comes from coco() for det and inst, label_map(index) for sem, segments(index) for pan.
     """
 
-    def __init__(self, root, split, task, transform, crop=None, seed=0, classes=None):
-        self.task, self.transform, self.crop, self.seed, self.surveyed = task, transform, crop, seed, None
-        self.kind = "panoptic" if task == "pan" else "instances"
-        self.find(root, split)
-        content = self.read()
-        parts = content["annotations"]
-        if task == "pan":
-            parts = [part for entry in parts for part in entry["segments_info"]]
-        self.choose_classes(content["categories"], parts, classes)
-        position = {number: label for label, number in enumerate(self.categories)}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-        entries = {number: [] for number in sizes}
-        self.check_files(images, "id", self.folder)
-        if task == "pan":
-            self.check_files(content["annotations"], "image_id", self.maps)
-        for entry in content["annotations"]:
-            if task == "pan":
-                entries[entry["image_id"]] = entry
-            elif not entry["iscrowd"]:
-                box = clip_box(entry["bbox"], sizes[entry["image_id"]])
-                mask = entry["segmentation"] if task == "inst" else None
-                entries[entry["image_id"]].append((position[entry["category_id"]], box, mask))
-        self.crowds = sum(part["iscrowd"] for part in parts)
-        self.objects = len(parts) - self.crowds
-        if not self.objects:
-            none = f": {self.dropped} objects have no mask; --task det needs none" if self.dropped and task == "inst" else ""
-            raise InputError(f"{self.path}: no usable annotation in it{none}")
-        self.images = Packed([(image["file_name"], image["id"], sizes[image["id"]]) for image in images])
-        self.entries = Packed([entries[image["id"]] for image in images])
-
-    def find(self, root, split):
-        """Finds the annotation file, `path`, the folder of images, and that of panoptic maps."""
-        self.folder = os.path.join(root, f"{split}2017")
-        self.path = os.path.join(root, "annotations", f"{self.kind}_{split}2017.json")
-        instances = os.path.join(root, "annotations", f"instances_{split}2017.json")
-        export = os.path.join(folder_of(root, split), "_annotations.coco.json")
-        self.exported = os.path.exists(export)
-        if self.task == "pan" and not os.path.exists(self.path):
-            other = next((path for path in (instances, export) if os.path.exists(path)), None)
-            if other:
-                raise InputError(f"{self.path}: not there, only {other}, which --task det and --task inst read")
-        elif self.exported and os.path.exists(self.path):
-            raise InputError(f"{root}: {export} and {self.path} are both there; keep one of the two")
-        elif self.exported:
-            self.folder, self.path = os.path.dirname(export), export
-        for path in (root, self.folder, self.path):
-            if not os.path.exists(path):
-                takes = f"DIR/{split}2017/ and DIR/annotations/, or DIR/{'train' if split == 'train' else 'valid'}/ with "
-                raise InputError(f"{path}: not there; --data takes DIR with {takes}_annotations.coco.json")
-        if self.task == "pan":
-            places = [self.path.removesuffix(".json"), os.path.join(root, f"panoptic_{split}2017")]
-            self.maps = next((place for place in places if os.path.isdir(place)), None)
-            if self.maps is None:
-                raise InputError(f"{places[0]}: no such folder of panoptic PNGs, nor {places[1]}")
-
-    def read(self):
-        """The content of the annotation file, cleaned: what training and pycocotools' evaluation see is the same.
-
-        Of the annotations only those that can be learned or found are left; `dropped` counts the others.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                content = json.load(file)  # bytes: a byte order mark, and UTF-16, are recognized
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: not a readable JSON file ({error})") from error
-        tables = dict(images="images", categories="categories", annotations=self.kind)
-        missing = [table for table in tables if not isinstance(content, dict) or not isinstance(content.get(table), list)]
-        if missing:
-            raise InputError(f"{self.path}: not in COCO's format, it has no {', '.join(missing)}")
-        for table, kind in tables.items():
-            where = f"{self.path}: {table}"
-            content[table] = [clean_entry(kind, entry, f"{where}[{i}]") for i, entry in enumerate(content[table])]
-        parts = content["annotations"]
-        if self.task == "pan":
-            for i, entry in enumerate(content["annotations"]):
-                where = f"{self.path}: a segment of annotations[{i}]"
-                entry["segments_info"] = [clean_entry("segments_info", part, where) for part in entry["segments_info"]]
-            parts = [part for entry in content["annotations"] for part in entry["segments_info"]]
-        # Ids are numbers or, if one of them is not, text: "7" and 7 never are two entries.
-        for table, key, users in (("images", "image_id", content["annotations"]), ("categories", "category_id", parts)):
-            if any(isinstance(entry["id"], str) for entry in content[table]):
-                for entry in content[table]:
-                    entry["id"] = str(entry["id"])
-                for user in users:
-                    user[key] = str(user[key])
-        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-        categories = {category["id"] for category in content["categories"]}
-        if len(sizes) < len(content["images"]) or len(categories) < len(content["categories"]):
-            raise InputError(f"{self.path}: two images, or two categories, have the same id; number them differently")
-        annotations = [self.clean(i, entry, sizes, categories) for i, entry in enumerate(content["annotations"])]
-        self.dropped = annotations.count(None)
-        content["annotations"] = [entry for entry in annotations if entry is not None]
-        if self.task == "pan":
-            counts = Counter(entry["image_id"] for entry in annotations)
-            twice = next((image for image, count in counts.items() if count > 1), None)
-            if twice is not None:
-                raise InputError(f"{self.path}: image {twice} has {counts[twice]} annotations; leave one of them")
-        return content
-
-    def clean(self, index, entry, sizes, categories):
-        """An annotation whose references, box and mask are good; None if it has nothing to be seen."""
-        where = f"{self.path}: annotation {entry.get('id', entry.get('file_name', index))}"
-        if entry["image_id"] not in sizes:
-            raise InputError(f"{where} is of image {entry['image_id']}, which is not in its table of images; add or remove one")
-        parts = entry["segments_info"] if self.task == "pan" else [entry]
-        for part in parts:
-            if part["category_id"] not in categories:
-                raise InputError(f"{where} has category {part['category_id']}, which is not in its table; add or remove one")
-        if self.task == "pan":
-            if len({part["id"] for part in parts}) < len(parts):
-                raise InputError(f"{where} has two segments with the same id; number them differently, as in its PNG")
-            return entry
-        size, bbox, area = sizes[entry["image_id"]], clean_box(entry["bbox"], where), entry.get("area")
-        known, mask = isinstance(area, (int, float)) and 0 <= area < math.inf, []
-        try:
-            if self.task == "inst" or not known:
-                mask = clean_mask(entry.get("segmentation"), size, where)
-        except InputError:
-            if self.task == "inst":
-                raise
-        pixels = int(mask_utils.area(rle_of(mask, size))) if mask else 0  # none outside of the image, or of a line
-        if not clip_box(bbox, size) or self.task == "inst" and not pixels:
-            return None
-        return entry | dict(bbox=bbox, segmentation=mask, area=area if known else pixels or math.prod(bbox[2:]))
-
-    def choose_classes(self, table, parts, classes):
-        """Sets classes, things, categories (the number in the file of each class), and those that are left out."""
-        used = {part["category_id"] for part in parts}
-        rows = sorted(table, key=lambda row: row["id"])
-        top = rows[-1]["id"] if rows else 0
-        others = [row for row in rows if row["id"] != 0]
-        if classes is None:  # tools put a name for all categories first, which no object has
-            above = [row.get("supercategory") for row in others]
-            left_out = [row for row in rows if row["id"] == 0 and (self.exported or row["name"] in above)]
-        else:
-            twins = {row["name"] for row in others}
-            left_out = [row for row in rows if row["name"] not in classes or row["id"] == 0 and row["name"] in twins]
-        left_out = [row for row in left_out if row["id"] not in used]
-        self.left_out = [row["name"] for row in left_out]
-        rows = [row for row in rows if row not in left_out]
-        self.classes = [row["name"] for row in rows]
-        if classes is not None and self.classes != list(classes):
-            strange = next((name for name in self.classes if name not in classes), None)
-            if strange is not None:
-                what = f"its category {strange} is none of the model's {len(classes)} classes"
-                raise InputError(f"{self.path}: {what}; name categories as for training")
-            of_name = {row["name"]: row for row in rows}
-            if len(of_name) < len(rows) or len(set(classes)) < len(classes):
-                raise InputError(f"{self.path}: two categories have the same name, so that classes cannot be told by name")
-            missing = [name for name in classes if name not in of_name]
-            if missing and self.task == "pan":
-                raise InputError(f"{self.path}: it has no category {missing[0]}, which the model is trained for")
-            # What the file does not know gets numbers that it does not use: those answers are saved, and not judged.
-            free = {name: f"{top} {i}" if isinstance(top, str) else top + 1 + i for i, name in enumerate(missing)}
-            rows = [of_name.get(name) or dict(id=free[name], name=name, isthing=1) for name in classes]
-            self.classes = list(classes)
-        self.categories = [row["id"] for row in rows]
-        self.things = [bool(row["isthing"]) for row in rows]
-
-    def check_files(self, entries, number, folder):
-        """Every entry's file_name becomes that of the file in the folder."""
-        there, meant = set(os.listdir(folder)), {}
-        for entry in entries:
-            name = entry["file_name"]
-            entry["file_name"] = found = locate(name, there, folder)
-            if found is None:
-                raise InputError(f"{self.path}: image {entry[number]}, {name}, is not in {folder}")
-            if meant.setdefault(found, name) != name:
-                raise InputError(f"{self.path}: {meant[found]} and {name} would both be {os.path.join(folder, found)}")
-
-    def coco(self):
-        """The annotations, crowds too, as pycocotools' evaluation takes them."""
-        content = self.read()
-        content["categories"] = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
-        for number, entry in enumerate(content["annotations"], 1):
-            entry["id"] = number  # for pycocotools, to be matched with annotation 0 is to be matched with none
-        return indexed(content)
-
-    def segments(self, index):
-        """The panoptic map of an image: ids, int64 (H, W), 0 where void, and a dictionary for each segment."""
-        name, number, size = self.images[index]
-        entry = self.entries[index]
-        if not entry:
-            raise InputError(f"{self.path}: image {number}, {name}, has no annotation; add one, or remove the image")
-        path = os.path.join(self.maps, entry["file_name"])
-        rgb = np.asarray(load_image(path), np.int32)
-        ids = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]  # (H, W)
-        if ids.shape != size:
-            raise InputError(f"{path}: {ids.shape[1]} x {ids.shape[0]} pixels, {name} has {size[1]} x {size[0]}")
-        known = [segment["id"] for segment in entry["segments_info"]]
-        unknown = ids[~np.isin(ids, [0, *known])]
-        if len(unknown):
-            raise InputError(f"{path}: segment {unknown.min()} has no entry in {self.path}")
-        return torch.from_numpy(ids.astype(np.int64)), entry["segments_info"]
-
-    def name(self, index):
-        return os.path.join(self.folder, self.images[index][0])
+    surveyed = None  # result of survey(self.check, ...), if there is one already
 
     def __len__(self):
         return len(self.images)
 
+    def name(self, index):
+        return os.path.join(self.folder, self.images[index][0])
+
     def __getitem__(self, key):
-        """key: (epoch, index).  See above."""
-        epoch, index = key
-        image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(index))))
-        size = self.check_size(index, tuple(image.shape[-2:]))
+        image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(key[1]))))
+        size = tuple(image.shape[-2:])
         if self.crop is None:
-            return self.transform(image).as_subclass(torch.Tensor), dict(index=index, size=size)
-        boxes = masks = None
+            return self.transform(image).as_subclass(torch.Tensor), dict(index=key[1], size=size)
+        target = self.truth(key[1], size)
+        with seeded(self.seed, *key):
+            return training_sample(image, *target, self.transform, self.crop)
+
+
+def check_size(path, size, other, whose):
+    if tuple(size) != tuple(other):
+        sides = f"{size[1]} x {size[0]} pixels, {whose} has {other[1]} x {other[0]}"
+        raise InputError(f"{path}: {sides}; correct or remove one")
+
+
+class Packed:
+    """A long list of small Python objects in two arrays.
+
+    Workers share their parent's memory until it is written to.  Even reading a Python object writes
+    to its reference count, so every worker would end up with its own copy of a million annotations.
+    """
+
+    def __init__(self, items):
+        packed = [pickle.dumps(item, -1) for item in items]
+        self.ends = np.cumsum([0] + [len(item) for item in packed])
+        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]])
+
+
+# Which values of COCO's entries are used, and how they are parsed
+def number(value):
+    """Parse a number in any form, as 7, 7.0, "7" or "7.5".  Returns an int if it is whole."""
+    value = int(value) if isinstance(value, int) or str(value).isdecimal() else float(value)
+    return value if math.isnan(value) or value != math.floor(value) else int(value)  # inf: an error
+
+
+def identifier(value):
+    """Parse an id.  7, 7.0 and "7" are the same; any other text is a different id, also "07"."""
+    is_text = isinstance(value, str) and not re.fullmatch("0|-?[1-9][0-9]*", value)
+    return value if is_text else whole(value)
+
+
+whole = lambda value: number(value) if isinstance(number(value), int) else None
+positive = lambda value: max(0, whole(value) or 0) or None
+flag = lambda default: lambda value: default if value is None else {0: 0, 1: 1}.get(number(value))
+box = lambda value: [*map(number, value)] if isinstance(value, list) and len(value) == 4 else None
+text = lambda value: value if isinstance(value, str) else None
+COCO_ENTRIES = dict(  # the required keys of each entry
+    images=dict(id=identifier, file_name=text, width=positive, height=positive),
+    categories=dict(id=identifier, name=text, isthing=flag(1)),
+    instances=dict(image_id=identifier, category_id=identifier, bbox=box, iscrowd=flag(0)),
+    panoptic=dict(image_id=identifier, file_name=text),
+    segments=dict(id=positive, category_id=identifier, iscrowd=flag(0)),
+)
+UNUSABLE = AttributeError, KeyError, OverflowError, TypeError, ValueError  # raised by a parser; it may also return None
+
+
+def clean(rows, kind, where):
+    """Parse the rows of a table of a COCO file as in COCO_ENTRIES."""
+    if not isinstance(rows, list):
+        raise InputError(f"{where} is not a list of entries, as in COCO's format; correct it")
+    for i, row in enumerate(rows):
+        for key, read in COCO_ENTRIES[kind].items():
+            value = None
+            with contextlib.suppress(*UNUSABLE):
+                value = row[key] = read(row.get(key))
+            if value is None:
+                raise InputError(f"{where}[{i}] has no usable {key}; correct or remove the entry")
+    return rows
+
+
+def match_ids(rows, users, key, path):
+    """Raise InputError if ids of rows are not unique, or if users refer by `key` to missing ones."""
+    if any(isinstance(row["id"], str) for row in rows):  # then make all text: "7" and 7 are one entry
+        for row, name in [(row, "id") for row in rows] + [(user, key) for user in users]:
+            row[name] = str(row[name])
+    known = {row["id"] for row in rows}
+    if len(known) < len(rows):
+        raise InputError(f"{path}: {key} is not unique in its table; number entries differently")
+    for i, user in enumerate(users):
+        if user[key] not in known:
+            who = f"annotation {user.get('id', i)} has {key} {user[key]}, which is not in its table"
+            raise InputError(f"{path}: {who}; add or remove one")
+
+
+def fits(rle, pixels):
+    """Whether run lengths end within so many pixels; if not, pycocotools raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return mask_utils.decode(rle | dict(size=[1, pixels])) is not None
+
+
+def rle_of(mask, size):
+    """Convert a mask (polygons, or run lengths as numbers or text) to run lengths as text.
+
+    Returns None if it is empty.  Raises one of UNUSABLE if it has another form or size.
+    """
+    if not mask:
+        return None
+    if isinstance(mask, list):
+        polygons = [np.array(polygon, np.float64) for polygon in mask]
+        # Fewer than three points enclose nothing, and pycocotools would read four numbers as a box.
+        good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()]
+        if any(p.ndim != 1 for p in polygons) or any(np.abs(p).max() >= 1e5 for p in good):
+            raise ValueError  # no polygons, or so far outside that drawing them takes gigabytes
+        rle = mask_utils.merge(mask_utils.frPyObjects(good, *size)) if good else None
+    else:
+        rle, pixels = dict(size=[*size], counts=mask["counts"]), math.prod(size)
+        if isinstance(rle["counts"], list):
+            rle = mask_utils.frPyObjects(rle | dict(counts=[*map(whole, rle["counts"])]), *size)
+        elif not re.fullmatch("[0-o]*[0-O]", rle["counts"]):  # the last number must be complete
+            raise ValueError
+        # If runs end too early, pycocotools leaves the remaining pixels uninitialized.
+        if [*map(whole, mask["size"])] != [*size] or fits(rle, pixels - 1) or not fits(rle, pixels):
+            raise ValueError
+    return rle if rle and mask_utils.area(rle) else None
+
+
+def usable(entry, size, task, where):
+    """Whether an object has an area and, for inst, a mask.
+
+    Sets `box`, clipped to the image of size (H, W), and `segmentation`, run lengths.  If `area` is
+    missing, sets it to that of the mask, or else of the bbox.
+    """
+    x1, y1, width, height = entry["bbox"]
+    x2, y2, x1, y1 = min(x1 + width, size[1]), min(y1 + height, size[0]), max(x1, 0), max(y1, 0)
+    area, rle = entry.get("area"), None
+    known = isinstance(area, (int, float)) and 0 <= area < math.inf
+    if task == "inst" or not known:
+        try:
+            rle = rle_of(entry.get("segmentation"), size)
+        except UNUSABLE as error:
+            if task == "inst":
+                what = f"neither polygons in its image nor run lengths of size {[*size]}"
+                raise InputError(f"{where} has a mask that is {what}; correct or remove it") from error
+    area = area if known else int(mask_utils.area(rle)) if rle else width * height
+    entry |= dict(box=[x1, y1, x2, y2], segmentation=rle, area=area)
+    return x2 > x1 and y2 > y1 and (task == "det" or rle is not None)  # False for nan
+
+
+class Coco(Dense):
+    """COCO 2017's layout with any categories: DIR/{train,val}2017/*.jpg and
+
+    det, inst   DIR/annotations/instances_{train,val}2017.json: boxes, and masks as polygons or RLE
+    pan         DIR/annotations/panoptic_{train,val}2017.json: a segment for every pixel, things and
+                stuff; PNGs in the folder panoptic_{train,val}2017 beside it or in DIR
+
+    or, for det and inst, an export of a labeling tool: DIR/{train,valid}/_annotations.coco.json with
+    the images beside it.  Crowds are not trained on.  `dropped` counts objects without area or, for
+    inst, without mask.
+    classes: names of the model's classes, which define the labels; None: use those of the file.
+    """
+
+    def __init__(self, root, split, task, transform, crop=None, seed=0, classes=None):
+        self.task, self.transform, self.crop, self.seed = task, transform, crop, seed
+        self.find(root, split)
+        images, categories, annotations, parts = self.read()
+        self.crowds = sum(part["iscrowd"] for part in parts)
+        self.objects = len(parts) - self.crowds
+        if not self.objects:
+            what = f"no usable annotation; {self.dropped} have no area or, for inst, no mask"
+            raise InputError(f"{self.path}: {what}")
+        self.choose_classes(categories, {part["category_id"] for part in parts}, classes)
+        label = {number: label for label, number in enumerate(self.categories)}
+        entries = {image["id"]: [] for image in images}
+        for x in annotations:
+            if task == "pan":
+                entries[x["image_id"]].append((x["file_name"], x["segments_info"]))
+            elif not x["iscrowd"]:
+                entries[x["image_id"]].append((label[x["category_id"]], x["box"], x["segmentation"]))
+        images.sort(key=lambda image: image["id"])
+        self.images = Packed((x["file_name"], x["id"], (x["height"], x["width"])) for x in images)
+        self.entries = Packed(entries[image["id"]] for image in images)
+
+    def find(self, root, split):
+        """Set `path` (annotation file), `folder` (of images) and, for pan, `maps` (folder of PNGs)."""
+        kind = f"{'panoptic' if self.task == 'pan' else 'instances'}_{split}2017"
+        places = [os.path.join(root, "annotations", kind), os.path.join(root, kind)]
+        self.folder, self.path = os.path.join(root, f"{split}2017"), places[0] + ".json"
+        self.maps = next(filter(os.path.isdir, places), places[0])
+        export = os.path.join(folder_of(root, split), "_annotations.coco.json")
+        self.exported = self.task != "pan" and os.path.exists(export)
+        if self.exported and os.path.exists(self.path):
+            raise InputError(f"{root}: {export} and {self.path} are both there; keep one of them")
+        if self.exported:
+            self.folder, self.path = os.path.dirname(export), export
+        takes = f"DIR/{split}2017/ and, for --task {self.task}, DIR/annotations/{kind}.json"
+        takes += f" and {kind}/*.png" if self.task == "pan" else f", or with {export} and images"
+        need(root, self.folder, self.path, *[self.maps] * (self.task == "pan"), takes=takes)
+
+    def read(self):
+        """Read the annotation file, for training and evaluation.
+
+        Returns images, categories, `usable` annotations, and parts: the annotations or, for pan, their
+        segments.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                content = json.load(file)  # bytes, so that json handles byte order marks and UTF-16
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path}: not readable as JSON ({error}); replace it") from error
+        content, pan = content if isinstance(content, dict) else {}, self.task == "pan"
+        kinds = dict(images="images", categories="categories")
+        kinds["annotations"] = "panoptic" if pan else "instances"
+        tables = [clean(content.get(x), kind, f"{self.path}: {x}") for x, kind in kinds.items()]
+        images, categories, annotations = tables
+        match_ids(images, annotations, "image_id", self.path)
+        self.locate(images, self.folder)
+        where, parts = f"{self.path}: annotations[{{}}]".format, annotations
+        if pan:
+            self.locate(annotations, self.maps)
+            parts = []
+            for i, x in enumerate(annotations):
+                parts += clean(x.get("segments_info"), "segments", f"{where(i)}.segments_info")
+        match_ids(categories, parts, "category_id", self.path)
+        if not pan:
+            sizes = {x["id"]: (x["height"], x["width"]) for x in images}
+            good = [usable(x, sizes[x["image_id"]], self.task, where(i)) for i, x in enumerate(annotations)]
+            parts = annotations = [x for x, is_good in zip(annotations, good) if is_good]
+        self.dropped = len(tables[2]) - len(annotations)
+        return images, categories, annotations, parts
+
+    def locate(self, rows, folder):
+        """Set the file_name of every row to that of the file in the folder.
+
+        Names written on other machines may have backslashes or other leading folders.  The longest
+        ending of the name that exists in the folder is used.
+        """
+        there, meant = set(os.listdir(folder)), {}  # checking each file on a network drive takes minutes
+        for row in rows:
+            name, parts = row["file_name"], row["file_name"].replace("\\", "/").split("/")
+            ends = [name] + ["/".join(parts[i:]) for i in range(len(parts))]
+            here = lambda end: end in there or "/" in end and os.path.isfile(os.path.join(folder, end))
+            row["file_name"] = found = next(filter(here, ends), None)
+            if found is None:
+                raise InputError(f"{self.path}: {name!r} is not in {folder}; add it, or remove its entry")
+            if meant.setdefault(found, name) != name:
+                both = f"{meant[found]} and {name} would both be {found}"
+                raise InputError(f"{self.path}: {both}; rename one of them")
+
+    def choose_classes(self, rows, used, classes):
+        """Set classes, things, and categories (ids in the file).  used: ids that occur in objects.
+
+        Unused categories are left out if the model does not know them, or if they are number 0, which
+        some tools add as a name for all categories.
+        """
+        rows = sorted(rows, key=lambda row: row["id"])
+        new, key = classes is None, "name" if classes else "supercategory"
+        above = [row.get(key) for row in rows if row["id"] != 0]
+        for_all = lambda row: row["id"] == 0 and (row["name"] in above or self.exported and new)
+        extra = lambda row: for_all(row) or not new and row["name"] not in classes
+        left_out = [row for row in rows if row["id"] not in used and extra(row)]
+        last, rows = rows[-1]["id"], [row for row in rows if row not in left_out]
+        self.left_out, names = [row["name"] for row in left_out], [row["name"] for row in rows]
+        self.classes = names if classes is None else list(classes)
+        if self.classes != names:
+            here, there, pan = Counter(names), Counter(classes), self.task == "pan"
+            wrong = [x for x in here | there if here[x] > 1 or there[x] != 1 or pan and not here[x]]
+            if wrong:
+                what = f"is not one of its names and one of the model's {len(classes)}"
+                raise InputError(f"{self.path}: category {wrong[0]} {what}; name it as for training")
+            # Classes missing from the file get new ids: predictions of them are saved, but not evaluated.
+            free = lambda i: f"{last} {i}" if isinstance(last, str) else last + 1 + i
+            of_name = {row["name"]: row for row in rows}
+            rows = [of_name.get(name, dict(id=free(i), isthing=1)) for i, name in enumerate(classes)]
+        self.categories = [row["id"] for row in rows]
+        self.things = [row["isthing"] == 1 for row in rows]
+
+    def coco(self):
+        """The annotations, including crowds, as pycocotools' COCO object."""
+        images, _, annotations, _ = self.read()
+        for number, entry in enumerate(annotations, 1):
+            entry["id"] = number  # pycocotools reads a match with id 0 as no match
+        categories = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
+        return indexed(images=images, annotations=annotations, categories=categories)
+
+    def segments(self, index):
+        """The panoptic map: ids, int64 (H, W), 0 for void, and a dictionary per segment."""
+        (name, number, size), entry = self.images[index], self.entries[index]
+        known = [0, *(segment["id"] for _, segments in entry for segment in segments)]
+        if len(entry) != 1 or len({*known}) < len(known):
+            what = f"has {len(entry)} annotations, or two segments with the same id"
+            raise InputError(f"{self.path}: image {number}, {name}, {what}; leave one, with the PNG's ids")
+        path = os.path.join(self.maps, entry[0][0])
+        ids = np.asarray(load_image(path)) @ np.array([1, 256, 256**2])  # (H, W)
+        check_size(path, ids.shape, size, name)
+        unknown = ids[~np.isin(ids, known)]
+        if len(unknown):
+            raise InputError(f"{path}: segment {unknown[0]} has no entry in {self.path}; add one")
+        return torch.from_numpy(ids), entry[0][1]
+
+    def truth(self, index, size):
+        """Labels, boxes and masks of an image of this size, for training_sample."""
+        check_size(self.name(index), size, self.images[index][2], self.path)
         if self.task == "pan":
             ids, segments = self.segments(index)
             segments = [segment for segment in segments if not segment["iscrowd"]]
             labels = [self.categories.index(segment["category_id"]) for segment in segments]
-            masks = positions(ids, [segment["id"] for segment in segments])
-        else:
-            labels, boxes, shapes = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
-            boxes = box_tensor(boxes, size)
-            if self.task == "inst":
-                masks = torch.zeros(len(shapes), *size, dtype=torch.uint8)
-                for mask, shape in zip(masks, shapes):
-                    mask[:] = torch.from_numpy(mask_utils.decode(rle_of(shape, size)))
-                masks = masks.view(torch.bool)
-        with seeded(self.seed, epoch, index):
-            return training_sample(image, labels, boxes, masks, self.transform, self.crop)
-
-    def check_size(self, index, found):
-        """The size (H, W) of an image in the annotation file, if its own is the same."""
-        name, _, size = self.images[index]
-        if found != size:
-            raise InputError(f"{name}: {found[1]} x {found[0]} pixels, {self.path} says {size[1]} x {size[0]}")
-        return size
+            return labels, None, numbered(ids, [segment["id"] for segment in segments])
+        labels, boxes, rles = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
+        if self.task == "det":
+            return labels, box_tensor(boxes, size), None
+        masks = mask_utils.decode(list(rles)) if rles else np.zeros((*size, 0))  # (H, W, n)
+        return labels, None, torch.from_numpy(masks).permute(2, 0, 1).bool().contiguous()
 
     def check(self, index):
-        """What is counted of an image; raises InputError if image, map and annotations do not belong together."""
-        size = self.check_size(index, header_size(self.name(index)))
+        """Return counts for one image.  Raises InputError if image, map and annotations disagree."""
+        name = self.name(index)
+        check_size(name, header_size(name), self.images[index][2], self.path)
         if self.task != "pan":
             return Counter()
         ids, segments = self.segments(index)
-        seen = set(ids.unique().tolist())
-        return Counter(pixels=math.prod(size), void=int((ids == 0).sum()), unseen=sum(s["id"] not in seen for s in segments))
+        empty = {segment["id"] for segment in segments} - set(ids.unique().tolist())
+        return Counter(pixels=ids.numel(), void=int((ids == 0).sum()), empty=len(empty))
 
     def describe(self, total):
-        """Lines that say what was understood.  total: sum of what check() counts."""
-        what = "segments" if self.task == "pan" else "objects"
-        line = f"{len(self)} images, {len(self.classes)} classes, {self.objects} {what}, {self.crowds} crowds ignored"
-        dropped, nothing = self.dropped + total["unseen"], dict(det="area", inst="area or mask", pan="pixels")[self.task]
-        line += f", ignored {dropped} {what} without {nothing}" if dropped else ""
-        line += f", {total['void'] / total['pixels']:.1%} of the pixels void" if self.task == "pan" else ""
-        names = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
+        """Lines that summarize the data set.  total: sum of the counts of check()."""
+        need = dict(det="area", inst="area or mask", pan="pixels")[self.task]
+        line = f"{len(self)} images, {len(self.classes)} classes, {self.objects} objects, ignored "
+        line += f"{self.crowds} crowds and {self.dropped + total['empty']} objects without {need}"
+        if self.task == "pan":
+            line += f", {total['void'] / total['pixels']:.1%} of the pixels void"
+        names = ", ".join(self.left_out[:5]) + ", ..." * (len(self.left_out) > 5)
         return [line] + [f"ignored categories without annotations: {names}"] * bool(names)
 
 
-class Ade(Dataset):
+class Ade(Dense):
     """ADE20K's layout (ADEChallengeData2016) with any number of classes, for sem:
 
-    DIR/images/{training,validation}/*.jpg         DIR/annotations/{training,validation}/*.png, labels from 1, 0 is void
-    DIR/objectInfo150.txt                          names, the last column after a tab; without it the classes are numbers
-
-    255 is void, too, where there are fewer classes.
+    DIR/images/{training,validation}/*.jpg
+    DIR/annotations/{training,validation}/*.png    labels from 1; 0 is void, and 255 if it is no class
+    DIR/objectInfo150.txt                          class names, at the ends of rows, after a tab; optional
     """
 
     def __init__(self, root, split, transform, crop=None, seed=0, classes=None):
         self.transform, self.crop, self.seed = transform, crop, seed
         split = dict(train="training", val="validation")[split]
-        self.folder, self.maps = os.path.join(root, "images", split), os.path.join(root, "annotations", split)
-        for folder in (root, self.folder, self.maps):
-            if not os.path.isdir(folder):
-                raise InputError(f"{folder}: no such folder; --data takes DIR with DIR/images/ and DIR/annotations/")
-        names = sorted(name for name in os.listdir(self.folder) if is_image_file(name) and not is_hidden(name))
-        maps, stems = set(os.listdir(self.maps)), {}
+        self.folder, self.maps = (os.path.join(root, x, split) for x in ("images", "annotations"))
+        need(root, self.folder, self.maps, takes=f"DIR/{{images,annotations}}/{split}/")
+        maps, taken = set(os.listdir(self.maps)), {}
+        names = sorted(x for x in os.listdir(self.folder) if is_image_file(x) and not is_hidden(x))
         for name in names:
-            stem = os.path.splitext(name)[0]
-            if stem + ".png" not in maps:
-                raise InputError(f"{self.maps}: no label map of {name}")
-            if stems.setdefault(stem, name) != name:
-                raise InputError(f"{self.folder}: {stems[stem]} and {name} have the same label map; rename or remove one")
+            path = os.path.splitext(name)[0] + ".png"
+            if path not in maps:
+                raise InputError(f"{self.maps}: no label map of {name}; add it, or remove the image")
+            if taken.setdefault(path, name) != name:
+                both = f"{taken[path]} and {name} have the same label map"
+                raise InputError(f"{self.folder}: {both}; rename or remove one")
+        paths = [os.path.join(self.maps, path) for path in taken]
+        self.images = Packed(zip(names, range(len(names)), paths))
         if not names:
-            raise InputError(f"{self.folder}: no images")
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.table, self.surveyed = os.path.join(root, "objectInfo150.txt"), None
-        if classes is not None:
-            self.classes = list(classes)
-        elif os.path.exists(self.table):
-            self.classes = self.read_table()
-        else:
-            self.classes = self.count_classes()
-        self.things, self.categories = [False] * len(self.classes), list(range(1, len(self.classes) + 1))
-        if not any(map(self.is_labeled, range(len(self)))):  # unless something is wrong, this looks at one map
-            total, faults = self.surveyed or survey(self.check, len(self), "looking for labels")
-            only = f"only the values {', '.join(map(str, sorted(total)))}; number classes from 1, 0 and 255 are void"
-            raise InputError(f"{self.maps}: no labeled pixel, {only if total else faults[0][1]}")
+            raise InputError(f"{self.folder}: no images in it; add some")
+        self.table, self.classes = os.path.join(root, "objectInfo150.txt"), None
+        self.classes = list(classes or self.read_table() or self.count_classes())
+        self.categories = list(range(1, len(self.classes) + 1))
+        self.things = [False] * len(self.classes)
 
     def read_table(self):
-        """The names of the classes in objectInfo150.txt."""
+        """Class names from objectInfo150.txt; empty if there is no such file."""
+        if not os.path.exists(self.table):
+            return []
         try:
             with open(self.table, encoding="utf-8-sig") as file:
-                rows = [line.strip("\n").split("\t") for line in file if line.strip()]
+                rows = [[x.strip() for x in line.split("\t")] for line in file if line.strip()]
         except ValueError as error:
-            raise InputError(f"{self.table}: not a text in UTF-8 ({error}); save it as one") from error
-        if rows and not rows[0][0].strip().isdigit():
-            rows = rows[1:]  # the titles of the columns
-        for number, row in enumerate(rows, 1):
-            if len(row) < 2 or not row[-1].strip() or row[0].strip() != str(number):
-                raise InputError(f"{self.table}: the row of class {number} is not its number, a tab, ..., a tab, its name")
-        if not rows:
-            raise InputError(f"{self.table}: no classes in it")
+            raise InputError(f"{self.table}: not UTF-8 ({error}); save it as such") from error
+        rows = rows[bool(rows) and not rows[0][0].isdigit() :]  # skip the column titles
+        for number, row in enumerate(rows or [[]], 1):
+            if len(row) < 2 or not row[-1] or row[0] != str(number):
+                takes = f"the row of class {number} is not its number, a tab, ..., a tab, its name"
+                raise InputError(f"{self.table}: {takes}; correct it, or remove the file")
         return [row[-1].split(",")[0].strip() for row in rows]
 
     def count_classes(self):
-        """Names of classes of which nothing but the labels is known: their numbers."""
+        """Class names if only labels are known: their numbers as text."""
         self.surveyed = survey(self.check, len(self), f"no {self.table}: counting classes")
         labels = sorted(label for label in self.surveyed[0] if label > 0)
         if labels[-1:] == [255] and 1 < len(labels) < 255:
-            labels.pop()  # the classes do not reach it
-        # Masks of 0 and 255, and of other shades of gray, are no numbers of classes.
-        if labels and labels[-1] > 10 * len(labels):
-            found = ", ".join(map(str, sorted(self.surveyed[0])[:5]))
-            raise InputError(
-                f"{self.maps}: the values {found} in it cannot be numbers of classes; number them 1, 2, 3, ..., "
-                f"with 0 and 255 for void, or name all classes in {self.table}"
-            )
+            labels.pop()  # 255 is void if there are fewer classes
+        if labels and labels[-1] > 10 * len(labels):  # gray values such as 0 and 255, not class numbers
+            found = ", ".join(map(str, sorted(self.surveyed[0])[:5])) + " in it cannot be classes"
+            remedy = f"number them 1, 2, 3, ..., 0 and 255 for void, or name all in {self.table}"
+            raise InputError(f"{self.maps}: the values {found}; {remedy}")
         return [str(label) for label in range(1, max(labels, default=0) + 1)]
 
     def read_map(self, index):
-        """Path and labels, int64 (H, W), as the file has them."""
-        path = os.path.join(self.maps, os.path.splitext(os.fsdecode(self.names[index]))[0] + ".png")
+        """Labels, int64 (H, W), of a gray or palette PNG; equal channels and alpha are accepted."""
+        path = self.images[index][2]
         with opened(path) as image:
-            halved = len(image.getbands()) > 1 and ";16" in str(image.tile)  # PIL drops the lower 8 of its 16 bits
-            pixels = np.asarray(image)
-            channels = pixels.reshape(*pixels.shape[:2], -1)[..., : len(image.getbands()) - ("A" in image.getbands())]
-        if halved or (channels != channels[..., :1]).any():
+            bands = image.getbands()
+            halved = len(bands) > 1 and ";16" in str(image.tile)  # PIL drops the lower 8 bits
+            pixels = np.asarray(image).reshape(image.height, image.width, -1)
+            pixels = pixels[..., : len(bands) - ("A" in bands)]
+        if halved or (pixels != pixels[..., :1]).any():
             what = "16 bits a channel" if halved else "colors"
-            raise InputError(f"{path}: {what} in it; the data set has labels from 1, 0 where void, as gray or palette PNG")
-        return path, torch.from_numpy(channels[..., 0].astype(np.int64))
+            raise InputError(f"{path}: {what} in it; save labels from 1, 0 for void, as a gray PNG")
+        return torch.from_numpy(pixels[..., 0].astype(np.int64))
 
-    def is_labeled(self, index):
-        """Whether a map has a class; one that cannot be read has none, which is told when its turn comes."""
-        with contextlib.suppress(InputError):
-            labels = self.read_map(index)[1]
-            return ((labels > 0) & (labels <= len(self.classes))).any().item()
-        return False
+    def label_map(self, index, labels=None):
+        """Classes of pixels, int64 (H, W), -1 for void.  labels: from read_map, if already known."""
+        labels, count = self.read_map(index) if labels is None else labels, len(self.classes)
+        labels = labels.where(labels != 255, 0) if count < 255 else labels
+        if labels.max() > count:
+            what = f"label {labels.max()} in it, the data set has labels 0 to {count}"
+            raise InputError(f"{self.images[index][2]}: {what}; correct it")
+        return labels - 1
 
-    def label_map(self, index):
-        """Classes of the pixels of an image, int64 (H, W), -1 where void."""
-        return self.without_void(*self.read_map(index))
-
-    def without_void(self, path, labels):
-        """Labels of the file at path -> classes, -1 where void."""
-        if len(self.classes) < 255:
-            labels = labels.where(labels != 255, 0)
-        labels = labels - 1
-        if labels.max() >= len(self.classes):
-            raise InputError(f"{path}: label {int(labels.max()) + 1} in it, the data set has labels 0 to {len(self.classes)}")
-        return labels
-
-    def name(self, index):
-        return os.path.join(self.folder, os.fsdecode(self.names[index]))
-
-    def __len__(self):
-        return len(self.names)
-
-    def check_size(self, index, found, labels):
-        if found != tuple(labels.shape):
-            size = f"{labels.shape[1]} x {labels.shape[0]}"
-            raise InputError(f"{self.name(index)}: {found[1]} x {found[0]} pixels, its label map has {size}")
+    def truth(self, index, size):
+        """As for Coco, with one mask per class."""
+        labels = self.label_map(index)
+        check_size(self.name(index), size, labels.shape, "its label map")
+        return range(len(self.classes)), None, numbered(labels, range(len(self.classes)))
 
     def check(self, index):
-        """How many pixels of a map have each value; raises InputError if it does not go with its image and the classes."""
-        path, labels = self.read_map(index)
-        self.check_size(index, header_size(self.name(index)), labels)
-        if hasattr(self, "classes"):
-            self.without_void(path, labels)
-        counts = labels.flatten().bincount()
-        return Counter({value: int(counts[value]) for value in counts.nonzero()[:, 0].tolist()})
+        """Number of pixels per value.  Raises InputError if map, image and classes disagree."""
+        name, labels = self.name(index), self.read_map(index)
+        check_size(name, header_size(name), labels.shape, "its label map")
+        if self.classes:
+            self.label_map(index, labels)
+        values, counts = labels.unique(return_counts=True)
+        return Counter(dict(zip(values.tolist(), counts.tolist())))
 
     def describe(self, total):
-        """Lines that say what was understood.  total: pixels of each value in the maps."""
+        """Lines that summarize the data set.  total: number of pixels per value in all maps."""
         share = lambda *values: f"{sum(total[value] for value in values) / total.total():.1%}"
         void = [0] + [255] * (len(self.classes) < 255)
-        seen = sum(0 < value <= len(self.classes) for value in total.keys() - void)
-        line = f"{len(self)} images, {len(self.classes)} classes, of which {seen} occur, {share(*void)} of the pixels void"
-        lines = [f"{line} ({' and '.join(map(str, void))})"]
+        seen = len(total.keys() - void)
+        if not seen:
+            what = f"no labeled pixel, only the values {', '.join(map(str, sorted(total)))}"
+            raise InputError(f"{self.maps}: {what}; number classes from 1, 0 and 255 are void")
+        line = f"{len(self)} images, {len(self.classes)} classes, of which {seen} occur"
+        lines = [f"{line}, {share(*void)} of the pixels void ({' and '.join(map(str, void))})"]
         if 255 in void and total[0] and total[255]:
             both = f"0 ({share(0)} of the pixels) and 255 ({share(255)}) are both void"
             lines.append(f"{both}; if 0 is a class, add 1 to all labels but 255")
         return lines
 
-    def __getitem__(self, key):
-        """key: (epoch, index).  See above."""
-        epoch, index = key
-        image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(index))))
-        size, labels = tuple(image.shape[-2:]), self.label_map(index)
-        self.check_size(index, size, labels)
-        if self.crop is None:
-            return self.transform(image).as_subclass(torch.Tensor), dict(index=index, size=size)
-        labels = (labels + 1).to(torch.uint8 if len(self.classes) < 256 else torch.int32)
-        with seeded(self.seed, epoch, index):
-            return training_sample(image, range(len(self.classes)), None, labels, self.transform, self.crop)
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------
 def survey(function, count, title):
-    """Calls function(index), which returns a Counter, for all indices, on threads of all processes: PIL decodes in parallel.
+    """Sum of function(index), a Counter, over all indices, and a list of the InputErrors it raises.
 
-    Returns the sum of the counters and a list of (index, InputError) in order, the same on every process.
+    Threads on all processes share the work, since PIL decodes in parallel.  Every process gets the
+    whole result.
     """
 
     def call(index):
         try:
-            return function(index), []
+            return function(index)
         except InputError as error:
-            return Counter(), [(index, error)]
+            return error
 
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, total, faults = range(rank, count, world_size), Counter(), []
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, count, processes)
     with ThreadPoolExecutor() as pool:
-        for counts, fault in tqdm(pool.map(call, mine), title, len(mine), leave=False, disable=True if rank else None):
-            total.update(counts)
-            faults += fault
-    parts = [(total, faults)]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, (total, faults))
-    faults = [fault for _, faults in parts for fault in faults]
-    return sum((total for total, _ in parts), Counter()), sorted(faults, key=lambda fault: fault[0])
+        bar = tqdm(pool.map(call, mine), title, len(mine), leave=False, disable=True if rank else None)
+        parts = [list(bar)] * processes
+    if processes > 1:
+        dist.all_gather_object(parts, parts[rank])
+    found = [parts[i % processes][i // processes] for i in range(count)]
+    total = sum((x for x in found if isinstance(x, Counter)), Counter())
+    return total, [x for x in found if isinstance(x, InputError)]
 
 
 def check(dataset, split):
-    """Reads all labels of a data set, and the headers of its images, and prints what was understood.
+    """Read the labels of a data set and the headers of its images, and print a summary.
 
-    What is wrong with files, or could be taken for something else, shall be known before the first step and not hours later.
-    split: "training", where a few unreadable images are skipped as by SkipBroken, or "validation".
-    Raises InputError, the same on every process.
+    This finds errors before the first step, not hours later.  split: "training", where a few
+    unreadable images are skipped, or "validation".  Raises the same InputError on every process.
     """
     if isinstance(dataset, Shapes):
         return
-    total, faults = dataset.surveyed or survey(dataset.check, len(dataset), f"checking {split} data")
-    spared = lambda error: split == "training" and isinstance(error, Unreadable)
-    broken = [error for _, error in faults if spared(error)]
-    wrong = [error for _, error in faults if not spared(error)]
+    title = f"checking {split} data"
+    total, faults = dataset.surveyed or survey(dataset.check, len(dataset), title)
+    wrong = [e for e in faults if split != "training" or not isinstance(e, Unreadable)]
     if wrong:
-        raise InputError(f"{wrong[0]}" + (f"; {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""))
-    if len(broken) > spare(len(dataset)):
-        raise InputError(f"{len(broken)} of {len(dataset)} training images are broken, the last: {broken[-1]}")
+        more = f"; {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""
+        raise InputError(f"{wrong[0]}{more}")
+    if faults:
+        count_broken(len(faults), len(dataset), faults[-1])
+    lines = dataset.describe(total)
+    lines += [f"{len(faults)} images will be skipped, the first: {fault}" for fault in faults[:1]]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        for line in dataset.describe(total):
-            print(f"{split} data: {line}")
-        if broken:
-            print(f"{split} data: {len(broken)} images will be skipped, the first: {broken[0]}")
+        print(*(f"{split} data: {line}" for line in lines), sep="\n")
 
 
-def spare(length):
-    """How many of so many training images may be broken: 1 %, or ten if that is not all."""
-    return min(max(10, length // 100), length - 1)
+def count_broken(count, length, last):
+    """Raise InputError if too many images are broken: over 1 % and over ten, or all of them."""
+    if count > min(max(10, length // 100), length - 1):
+        what = f"{count} of {length} training images are broken"
+        raise InputError(f"{what}, the last: {last}") from last
 
 
+# -------------------------------------------------------------------------------------------------
+# Batches
+# -------------------------------------------------------------------------------------------------
 class SkipBroken(Dataset):
-    """A training set that gives the next sample instead of one that cannot be read: a run of days goes on.
+    """A training set that replaces a broken sample by the next one, so that long runs continue.
 
-    A line on stderr says which file it was, and why, once.  The substitute is the same for any number of processes.
-    broken: bool (n,), the samples met so far that were; it lies in memory that this process and its workers share.
-    workers: how many processes will read it; `read` then knows which sample each is at.
+    Each broken file is reported once on stderr.  The substitute does not depend on the number of
+    processes.
     """
 
     def __init__(self, dataset, workers=0):
         self.dataset = dataset
-        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-        self.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # of each worker: process, index
+        # In memory that is shared with the workers:
+        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # found so far
+        self.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # pid, index
 
     def read(self, loader):
-        """The loader's batches.  Raises InputError if one of its workers dies, with the file that it was on."""
+        """Batches of the loader.  Raises InputError with the name of the file if a worker dies."""
         try:
             try:
                 yield from loader
-            except (OSError, EOFError):  # a dying worker can break a connection before torch learns of its death,
+            except (OSError, EOFError):  # a dying worker can break a connection before torch notices,
                 time.sleep(5)  # which then raises RuntimeError here
                 raise
         except RuntimeError as error:
             dead = re.findall(r"\d+", str(error)) if "DataLoader worker" in str(error) else []
-            names = [self.dataset.name(index) for process, index in self.reading.tolist() if str(process) in dead]
+            names = [self.dataset.name(i) for pid, i in self.reading.tolist() if str(pid) in dead]
             if not names:
                 raise
-            raise InputError(f"{', '.join(names)}: a loader process died with it ({str(error).splitlines()[0]})") from error
+            what = f"a loader process died with it ({str(error).splitlines()[0]})"
+            raise InputError(f"{', '.join(names)}: {what}; remove it, or lower --workers") from error
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
-        """key: (epoch, index).  Raises InputError once more than 1 % are broken (but ten may be, if that is not all)."""
+        """key: (epoch, index)."""
         epoch, index = key
         while True:
-            worker = get_worker_info()
-            if worker:
+            if worker := get_worker_info():
                 self.reading[worker.id] = torch.tensor([os.getpid(), index])
             try:
                 return self.dataset[epoch, index]
@@ -1209,85 +1017,82 @@ class SkipBroken(Dataset):
                 if not self.broken[index]:
                     print(f"skipped: {error}", file=sys.stderr)
                 self.broken[index] = True
-                count, length = int(self.broken.sum()), len(self)
-                if count > spare(length):
-                    raise InputError(f"{count} of {length} training images are broken, the last: {error}") from error
-                index = (index + 1) % length
+                count_broken(int(self.broken.sum()), len(self), error)
+                index = (index + 1) % len(self)
 
 
 def ignore_interrupts(worker):
-    """For workers: Ctrl-C reaches every process of a terminal, but what becomes of them is for their parent to say."""
+    """For workers: Ctrl-C reaches every process of a terminal, but the parent ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def ignore_signals(worker):
-    """For workers in training: they are needed until the step is finished, whoever asks to stop."""
+    """For workers in training, which are needed until the current step is finished."""
     ignore_interrupts(worker)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Python ends them, so that the parent has to close its loader
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python ends workers by it: close the loader
 
 
 def loader_of(dataset, workers, device, **options):
-    """A DataLoader whose workers share the data set with their parent.
-
-    Linux can fork them.  From Python 3.14 on it no longer does so by itself, and each would hold a copy of all annotations.
-    """
-    context = "fork" if workers and sys.platform == "linux" else None
-    pin = device.type == "cuda"
-    return DataLoader(dataset, num_workers=workers, multiprocessing_context=context, pin_memory=pin, **options)
+    """A DataLoader.  On Linux, its workers are forked and share the data set with their parent."""
+    context = "fork" if workers and sys.platform == "linux" else None  # not the default since Python 3.14
+    options |= dict(num_workers=workers, pin_memory=device.type == "cuda")
+    return DataLoader(dataset, multiprocessing_context=context, **options)
 
 
 class GlobalBatches(Sampler):
-    """For one process, the (epoch, index) keys of its part of every global batch, step after step.
+    """Yields (epoch, index) keys of one process: its chunks of every global batch, step by step.
 
-    The order of an epoch is a permutation drawn from (seed, epoch); step s takes the next `batch_size` of it; the
-    last, incomplete batch of an epoch is left out.  A global batch is cut into world_size * accumulate equal chunks
-    in order, and this process takes `accumulate` of them, so that the images of step s are the same for any
-    number of processes.  With `neighbor` every chunk is preceded by the sample before it in the global
-    batch, with which `mix` mixes its first sample: it costs one more image a chunk, and no communication.
+    An epoch is a permutation drawn from (seed, epoch), without the last, incomplete batch.  A global
+    batch is split into world_size * accumulate equal chunks, of which this process takes `accumulate`.
+    So the images of a step do not depend on the number of processes.  With `neighbor`, every chunk
+    begins with the sample before it in the global batch, for `mix`: one more image, no communication.
     """
 
     def __init__(
         self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, neighbor=False, first_step=0
     ):
         if batch_size % (world_size * accumulate):
-            raise InputError(
-                f"--batch-size {batch_size} is not divisible by {world_size} processes x --accumulate {accumulate}"
-            )
+            parts = f"{world_size} processes x --accumulate {accumulate}"
+            raise InputError(f"--batch-size {batch_size} is not divisible by {parts}; change one")
         if batch_size > length:
-            raise InputError(f"--batch-size {batch_size} is more than the {length} training images")
+            what = f"more than the {length} training images"
+            raise InputError(f"--batch-size {batch_size} is {what}; lower it")
         self.length, self.batch_size, self.seed, self.neighbor = length, batch_size, seed, neighbor
-        self.first_step, self.steps = first_step, steps
-        self.chunk = batch_size // (world_size * accumulate)
-        self.chunks = range(rank * accumulate, (rank + 1) * accumulate)
+        self.steps, self.chunk = range(first_step, steps), batch_size // (world_size * accumulate)
+        self.starts = [i * self.chunk for i in range(rank * accumulate, (rank + 1) * accumulate)]
 
     def __len__(self):
-        return (self.steps - self.first_step) * len(self.chunks)
+        return len(self.steps) * len(self.starts)
 
     def __iter__(self):
         drawn = None
-        for step in range(self.first_step, self.steps):
+        for step in self.steps:
             epoch, position = divmod(step, self.length // self.batch_size)
             if epoch != drawn:
                 with seeded(self.seed, epoch):
                     order, drawn = torch.randperm(self.length), epoch
             batch = order[position * self.batch_size :][: self.batch_size].tolist()
-            for chunk in self.chunks:
-                start = chunk * self.chunk
-                first = [batch[start - 1]] if self.neighbor else []  # -1: the batch is a ring, as in mix
+            for start in self.starts:
+                first = [batch[start - 1]] if self.neighbor else []  # index -1: the batch is a ring, as in mix
                 yield [(epoch, index) for index in first + batch[start : start + self.chunk]]
 
 
 def collate(samples):
-    """A batch of a dense data set: a list of images, which have sizes of their own, and a list of targets."""
+    """A batch of a dense data set: a list of images, whose sizes differ, and a list of targets."""
     return [list(part) for part in zip(*samples)]
 
 
-def mix(images, labels, num_classes, mixup, cutmix, seed, step):
-    """Mixup or cutmix, half of the time each, of every sample with the one before it; drawn from (seed, step).
+def as_float(images):
+    """uint8 images to float32 in [0, 1]; on the device, so that fewer bytes are copied."""
+    return [*map(as_float, images)] if isinstance(images, list) else images.float() / 255
 
-    images (1 + b, 3, H, W), labels (1 + b,): a chunk of GlobalBatches with its neighbor, which is dropped again.
-    mixup, cutmix: the parameter of their Beta distributions, 0 for never.
-    Returns images (b, 3, H, W) and targets (b, num_classes), rows summing to 1.
+
+def mix(images, labels, num_classes, mixup, cutmix, seed, step):
+    """Mixup or cutmix, chosen by (seed, step), of every sample with the one before it.
+
+    images: (1 + b, 3, H, W).  labels: (1 + b,).  Both are a chunk with its neighbor.
+    mixup, cutmix: parameters of their Beta distributions, 0 for never.
+    Returns images (b, 3, H, W) and targets (b, num_classes).
     """
     choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []

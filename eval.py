@@ -257,10 +257,8 @@ def print_metrics(metrics, task, compare):
 def identity(dataset, index):
     """Name without suffix, and number, of an image in the files of its data set."""
     name, number = str(index), index
-    if isinstance(dataset, Coco):
+    if not isinstance(dataset, Shapes):
         name, number, _ = dataset.images[index]
-    elif isinstance(dataset, Ade):
-        name = os.fsdecode(dataset.names[index])
     return os.path.splitext(name)[0].replace("/", "_"), number  # no path into other folders
 
 
