@@ -46,8 +46,6 @@ from data import dense_eval_transform, eval_transform, ignore_interrupts, is_hid
 from data import load_image, loader_of
 
 METRIC = dict(cls="top1", det="AP", inst="mask_AP", sem="miou", pan="PQ")  # it chooses best.pt
-PAPER = dict(cls=0.8341, det=0.542, inst=0.470, sem=0.524, pan=0.558)  # of the paper's Small
-PAPER_CLASSES = dict(cls=1000, det=80, inst=80, sem=150, pan=133)  # ImageNet-1K, COCO, ADE20K
 COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
@@ -239,11 +237,9 @@ def describe(metrics, task):
     return line[task].format(**metrics)
 
 
-def print_metrics(metrics, task, compare):
-    """Print what evaluate() returns.  compare: whether to print the paper's result beside it."""
-    paper = f"{PAPER[task]:.2%}" if task == "cls" else f"{PAPER[task]:.3f}"
-    paper = f" (the paper's Small: {paper})" if compare else ""
-    print(f"{describe(metrics, task)} of {metrics['images']} images{paper}")
+def print_metrics(metrics, task):
+    """Print what evaluate() returns."""
+    print(f"{describe(metrics, task)} of {metrics['images']} images")
     for kind in {"det": ("",), "inst": ("box_", "mask_")}.get(task, ()):
         print(", ".join(f"{kind}{name} {metrics[kind + name]:.3f}" for name in COCO_METRICS))
     for row in metrics.get("per_class", ()):
@@ -707,8 +703,7 @@ def main():
         save, per_class = args.save_predictions, args.per_class
         result = evaluate(model, dataset, device, batch_size, workers, save, per_class)
         if rank == 0:
-            compare = data is not None and len(classes) == PAPER_CLASSES[task]
-            print_metrics(result, task, compare)
+            print_metrics(result, task)
     if args.json and rank == 0:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=2)
