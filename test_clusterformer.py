@@ -48,8 +48,9 @@ import eval as evaluation
 import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.join(HERE, ".github"))
+sys.path += [os.path.join(HERE, ".github"), os.path.join(HERE, ".github", "experiments")]
 import benchmark  # noqa: E402
+import block as experiment  # noqa: E402
 
 CPU = torch.device("cpu")
 DENSE = "det", "inst", "sem", "pan"
@@ -2225,6 +2226,11 @@ assert not {{"train", "eval", "data"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_block_of_the_experiments_is_by_default_that_of_the_module():
+    experiment.check_against_module()
+    assert experiment.build(experiment.PAPER, 3)(torch.rand(2, 3, 96, 96))["logits"].shape == (2, 3)
 
 
 @slow

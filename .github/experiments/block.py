@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""What each departure from the paper's block gives on photographs, and what it costs.
+
+    python .github/experiments/block.py --list
+    python .github/experiments/block.py "T 1" --seed 0 --data DIR
+    python .github/experiments/block.py --table
+
+DIR: class folders as for train.py; the tables in EXPERIMENTS.md are of Imagenette.  A nano classifier is
+trained on 96 x 96 pixels with one thread, and a JSON line per epoch goes to stdout and to block.jsonl
+beside this file: top-1 and loss on the validation images, seconds of CPU time so far (training and
+loading, not validation), multiply-adds of an image.  Runs of one seed see the same images in the same
+order.  Images are decoded once, to DIR-SPLIT-PIXELS.npy.  --table prints the last epoch of every run in
+block.jsonl, the lowest mean loss first.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import clusterformer  # noqa: E402
+from clusterformer import ClusterBlock, ClusterFormer, make_layout, pool_centers, prenorm_mlp  # noqa: E402
+from data import Folder, eval_transform  # noqa: E402
+from train import parameter_groups  # noqa: E402
+
+SIZE, CACHED = 96, 128  # pixels per side: of training and validation, and of decoded training images
+
+
+# --------------------------------------------------------------------------------------------------
+# The block with everything that can be changed
+# --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Options:
+    """The defaults are the block of clusterformer.py.  A tuple holds a value per stage."""
+
+    clusters: tuple = (True, True, True, True)  # False: the block without clustering and dispatching
+    grid: tuple = (10, 10, 10, 10)  # sides of the grid of first centers, at most
+    iterations: tuple = (3, 3, 3, 3)  # T
+    head_dim: int = 64
+    center_ffn: str = "residual"  # C(0) = pool + FFN(pool); "plain": FFN(pool); "none": pool
+    similarity: str = "cosine"  # with a learned scale; "dot": q k; "scaled dot": q k / sqrt(d)
+    full: bool = False  # q, k, v are D x D, not d x d in each head
+    random: str = ""  # which of the projections q, k and v start at random; the others start as the identity
+    exp_s: bool = True  # the M-step weights are M exp(S); False: M
+    mean: bool = True  # the M-step takes a weighted mean; False: a sum
+    residual: bool = True  # and adds it to C; False: replaces C
+    interleave: bool = True  # it collects other channels than a head compares
+    last_e_step: bool = False  # M(T) from C(T) is dispatched; False: M(T-1)
+    dispatch: str = "inside"  # sum_k M MLP(C_k); "outside": MLP(sum_k M C_k); "paper": Eq. 6 with the cosine
+    layer_scale: bool = False  # branches start scaled by 0.1; False: their last layers start at zero
+    depthwise: bool = True
+    token_ratio: tuple = (2, 2, 2, 2)  # hidden width of the MLP on tokens, in units of D; 0: no such MLP
+
+
+OURS = Options()
+PAPER = replace(OURS, head_dim=32, center_ffn="plain", similarity="dot", full=True, random="qkv", exp_s=False)
+PAPER = replace(PAPER, mean=False, residual=False, interleave=False, last_e_step=True, dispatch="paper")
+PAPER = replace(PAPER, depthwise=False, token_ratio=(0, 0, 0, 0))  # the block as we read it, and nothing else
+# The paper's clustering among our other parts: convolution, MLP on tokens, norms, branches that start at zero.
+INNER = replace(OURS, head_dim=32, center_ffn="plain", similarity="scaled dot", full=True, random="qkv")
+INNER = replace(INNER, exp_s=False, residual=False, interleave=False, last_e_step=True, dispatch="outside")
+NO_CLUSTERS = (False, False, False, False)
+VARIANTS = {
+    "ours": OURS,
+    "paper": PAPER,
+    "paper, mean": replace(PAPER, mean=True),
+    "paper, residual": replace(PAPER, residual=True),
+    "paper, mean, residual": replace(PAPER, mean=True, residual=True),
+    "paper, mean, residual, cosine": replace(PAPER, mean=True, residual=True, similarity="cosine"),
+    "paper, scaled dot product": replace(PAPER, similarity="scaled dot"),
+    "paper, mean, scaled dot product": replace(PAPER, mean=True, similarity="scaled dot"),
+    "inner": INNER,
+    "inner, cosine": replace(INNER, similarity="cosine"),
+    "inner, residual": replace(INNER, residual=True),
+    "inner, MLP inside": replace(INNER, dispatch="inside"),
+    "inner, MLP inside, residual": replace(INNER, dispatch="inside", residual=True),
+    "inner, residual center FFN": replace(INNER, center_ffn="residual"),
+    "inner, GRID 5": replace(INNER, grid=(5, 5, 5, 5)),
+    "inner, T 1": replace(INNER, iterations=(1, 1, 1, 1)),
+    "random, full": replace(OURS, random="qkv", full=True),
+    "random, not interleaved, weights M": replace(OURS, random="qkv", interleave=False, exp_s=False),
+    "random, GRID 5": replace(OURS, random="qkv", grid=(5, 5, 5, 5)),
+    "random, GRID 5, T 1": replace(OURS, random="qkv", grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
+    "no clusters": replace(OURS, clusters=NO_CLUSTERS),
+    "clusters in stages 3, 4": replace(OURS, clusters=(False, False, True, True)),
+    "clusters in stages 2 to 4": replace(OURS, clusters=(False, True, True, True)),
+    "T 1": replace(OURS, iterations=(1, 1, 1, 1)),
+    "T 2": replace(OURS, iterations=(2, 2, 2, 2)),
+    "GRID 3": replace(OURS, grid=(3, 3, 3, 3)),
+    "GRID 5": replace(OURS, grid=(5, 5, 5, 5)),
+    "GRID 7": replace(OURS, grid=(7, 7, 7, 7)),
+    "GRID 5, T 1": replace(OURS, grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
+    "last E-step": replace(OURS, last_e_step=True),
+    "not interleaved": replace(OURS, interleave=False),
+    "weights M": replace(OURS, exp_s=False),
+    "not interleaved, weights M": replace(OURS, interleave=False, exp_s=False),
+    "sum": replace(OURS, mean=False, exp_s=False),
+    "replace": replace(OURS, residual=False),
+    "dot product": replace(OURS, similarity="dot"),
+    "scaled dot product": replace(OURS, similarity="scaled dot"),
+    "heads of 32": replace(OURS, head_dim=32),
+    "full projections": replace(OURS, full=True),
+    "random projections": replace(OURS, random="qkv"),
+    "random v": replace(OURS, random="v"),
+    "random q, k": replace(OURS, random="qk"),
+    "MLP outside": replace(OURS, dispatch="outside"),
+    "layer scale": replace(OURS, layer_scale=True),
+    "no depthwise convolution": replace(OURS, depthwise=False),
+    "plain center FFN": replace(OURS, center_ffn="plain"),
+    "no center FFN": replace(OURS, center_ffn="none"),
+    "MLP ratios 4": replace(OURS, token_ratio=(4, 4, 4, 4)),
+    "MLP ratios 8, 8, 4, 4": replace(OURS, token_ratio=(8, 8, 4, 4)),
+}
+
+
+@functools.cache
+def layout_of(height, width, grid):
+    before, clusterformer.GRID = clusterformer.GRID, grid
+    layout = make_layout(height, width)
+    clusterformer.GRID = before
+    return layout
+
+
+def mlp(dim, ratio, plain=False):
+    """prenorm_mlp, or the same with neither norm nor zero start."""
+    layers = prenorm_mlp(dim, ratio)
+    if plain:
+        layers[0] = nn.Identity()
+        layers[-1].reset_parameters()
+    return layers
+
+
+class Block(nn.Module):
+    """ClusterBlock with Options, for images of one size and without stochastic depth."""
+
+    def __init__(self, dim, stage, options):
+        super().__init__()
+        self.options, self.on = options, options.clusters[stage]
+        self.grid, self.iterations, ratio = options.grid[stage], options.iterations[stage], options.token_ratio[stage]
+        if options.depthwise:
+            self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        if self.on:
+            self.norm = nn.LayerNorm(dim)
+            self.heads = max(1, dim // options.head_dim)
+            shape = (1, dim) if options.full else (self.heads, dim // self.heads)
+            identity = torch.eye(shape[1]).expand(*shape, -1)
+            drawn = [torch.randn(*shape, shape[1]) * shape[1] ** -0.5 for _ in options.random]
+            start = {name: identity.clone() for name in "qkv"} | dict(zip(options.random, drawn))
+            self.q, self.k, self.v = (nn.Parameter(start[name]) for name in "qkv")
+            if options.similarity == "cosine":
+                self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(10.0)))
+            if options.center_ffn != "none":
+                self.ffn = mlp(dim, 1, options.center_ffn == "plain")
+            self.dispatch_mlp = mlp(dim, 2, options.dispatch == "paper")
+        if ratio:
+            self.mlp = mlp(dim, ratio)
+        if options.layer_scale:
+            self.gamma = nn.Parameter(torch.full((2, dim), 0.1))
+            for branch in [self.dispatch_mlp] * self.on + [self.mlp]:
+                branch[-1].reset_parameters()
+
+    def project(self, x, weight):
+        """(B, n, D) -> (h, B, n, d)."""
+        if self.options.full:
+            return (x @ weight[0]).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+        x = x.unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+        return (x.flatten(1, 2) @ weight).unflatten(1, x.shape[1:3])
+
+    def cluster(self, tokens):
+        """tokens: (B, H, W, D).  Returns C(T), (B, K, D), and M, (h, B, N, K)."""
+        options = self.options
+        C = pool_centers(tokens, layout_of(*tokens.shape[1:3], self.grid))
+        if options.center_ffn != "none":
+            C = self.ffn(C) + (C if options.center_ffn == "residual" else 0)
+        tokens = tokens.flatten(1, 2)
+        collected = tokens.unflatten(-1, (-1, self.heads)).mT.flatten(2) if options.interleave else tokens
+        keys, values = self.project(tokens, self.k), self.project(collected, self.v)
+        cosine = options.similarity == "cosine"
+        if cosine:
+            self.log_scale.data.clamp_(max=math.log(50.0))
+            keys, scale = F.normalize(keys, dim=-1), self.log_scale.exp().view(-1, 1, 1, 1)
+        else:
+            scale = keys.shape[-1] ** -0.5 if options.similarity == "scaled dot" else 1.0
+        for t in range(self.iterations + options.last_e_step):
+            queries = self.project(C, self.q)
+            S = keys @ (scale * (F.normalize(queries, dim=-1) if cosine else queries)).mT  # (h, B, N, K)
+            M = S.softmax(-1)
+            if t == self.iterations:
+                break
+            if options.exp_s and not cosine:  # the mean does not change, and exp() does not overflow
+                S = S - S.amax(-2, keepdim=True).detach()
+            weights = M * S.exp() if options.exp_s else M
+            means = values.mT @ weights  # (h, B, d, K)
+            if options.mean:
+                means = means / weights.sum(-2, keepdim=True).clamp(min=1e-30)
+            means = means.permute(1, 3, 2, 0).flatten(2) if options.interleave else means.permute(1, 3, 0, 2).flatten(2)
+            C = C + means if options.residual else means
+        return C, M
+
+    def dispatch(self, C, M, tokens):
+        """What each token receives, (B, N, D)."""
+        if self.options.dispatch == "paper":  # Eq. 6, with the cosine as the similarity
+            sim = F.normalize(tokens.flatten(1, 2), dim=-1) @ F.normalize(C, dim=-1).mT  # (B, N, K)
+            return self.dispatch_mlp(sim @ C / C.shape[1])
+        inside = self.options.dispatch == "inside"
+        heads = (self.dispatch_mlp(C) if inside else C).unflatten(-1, (self.heads, -1)).permute(2, 0, 1, 3)
+        received = (M @ heads).permute(1, 2, 0, 3).flatten(2)
+        return received if inside else self.dispatch_mlp(received)
+
+    def forward(self, x, layout):
+        gamma = self.gamma if self.options.layer_scale else (1, 1)
+        if self.options.depthwise:
+            x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.on:
+            tokens = self.norm(x)
+            x = x + gamma[0] * self.dispatch(*self.cluster(tokens), tokens).view_as(x)
+        return x + gamma[1] * self.mlp(x) if hasattr(self, "mlp") else x
+
+
+def build(options, classes):
+    """A nano classifier.  Everything but its blocks is that of clusterformer.py."""
+    model = ClusterFormer("cls", "nano", classes, iterations=options.iterations[-1])
+    for stage, blocks in enumerate(model.backbone.stages):
+        for i, block in enumerate(blocks):
+            blocks[i] = Block(block.norm.normalized_shape[0], stage, options)
+    return model
+
+
+def check_against_module():
+    """The default options compute what clusterformer.py computes."""
+    theirs, ours = ClusterBlock(128, 2), Block(128, 0, OURS)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    theirs.cluster.log_scale.data.fill_(2.0)
+    ours.load_state_dict(dict(zip(ours.state_dict(), map_names(theirs, ours))))
+    x = torch.randn(2, 14, 9, 128)
+    torch.testing.assert_close(ours(x, None), theirs(x, make_layout(14, 9)), rtol=1e-4, atol=1e-4)
+
+
+def map_names(theirs, ours):
+    """The values of a ClusterBlock in the order of a Block's state."""
+    state = theirs.state_dict()
+    old = dict(q="cluster.q", k="cluster.k", v="cluster.v", log_scale="cluster.log_scale", ffn="initial.ffn")
+    old |= dict(dispatch_mlp="dispatch.mlp")
+    for name in ours.state_dict():
+        first, _, rest = name.partition(".")
+        yield state[".".join(filter(None, [old.get(first, first), rest]))]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+def decoded(root, split):
+    """Images, uint8 (n, 3, size, size), read from a file that is written once, and labels (n,)."""
+    transform = eval_transform(SIZE) if split == "val" else v2.Compose([v2.Resize((CACHED, CACHED)), v2.PILToTensor()])
+    dataset = Folder(root, split, transform)
+    path = Path(f"{root}-{split}-{SIZE if split == 'val' else CACHED}.npy")
+    if not path.exists():
+        images = np.stack([dataset[0, i][0].numpy() for i in range(len(dataset))])
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            np.save(file, images)
+        part.replace(path)
+    return np.load(path, mmap_mode="r"), torch.from_numpy(dataset.labels), dataset.classes
+
+
+def validate(model, images, labels):
+    """Top-1 and cross-entropy."""
+    model.eval()
+    with torch.no_grad():
+        parts = [torch.from_numpy(images[i : i + 64]).float() / 255 for i in range(0, len(images), 64)]
+        logits = torch.cat([model(part)["logits"] for part in parts])
+    model.train()
+    return (logits.argmax(1) == labels).double().mean().item(), F.cross_entropy(logits, labels).item()
+
+
+def print_table():
+    last, rows = {}, {}
+    for line in map(json.loads, open(Path(__file__).with_suffix(".jsonl"))):
+        if line["epoch"] == line["epochs"]:
+            last[line["variant"], line["epochs"], line["seed"]] = line
+    for (variant, epochs, _), line in last.items():
+        rows.setdefault((variant, epochs), []).append(line)
+    print("| block | epochs | seeds | top-1 % | validation loss | CPU s | M multiply-adds | M parameters |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    mean = lambda lines, key: sum(line[key] for line in lines) / len(lines)
+    for (variant, epochs), lines in sorted(rows.items(), key=lambda row: (row[0][1], mean(row[1], "loss"))):
+        seeds = ", ".join(str(line["seed"]) for line in lines)
+        quality = f"{100 * mean(lines, 'top1'):.1f} | {mean(lines, 'loss'):.3f}"
+        cost = f"{mean(lines, 'cpu_s'):.0f} | {lines[0]['macs'] / 1e6:.0f} | {lines[0]['parameters'] / 1e6:.2f}"
+        print(f"| {variant} | {epochs} | {seeds} | {quality} | {cost} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variant", nargs="?", choices=VARIANTS, metavar="VARIANT")
+    parser.add_argument("--list", action="store_true", help="print the names of the variants")
+    parser.add_argument("--table", action="store_true", help="print the results in block.jsonl")
+    parser.add_argument("--data", help="class folders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=4)
+    args = parser.parse_args()
+    if args.list:
+        return print(*VARIANTS, sep="\n")
+    if args.table:
+        return print_table()
+    if not args.variant or not args.data:
+        parser.error("give a VARIANT, see --list, and --data DIR")
+    torch.set_num_threads(1)
+    check_against_module()
+    images, labels, classes = decoded(args.data.rstrip("/"), "train")
+    val_images, val_labels, _ = decoded(args.data.rstrip("/"), "val")
+    torch.manual_seed(args.seed)
+    model = build(VARIANTS[args.variant], len(classes))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, SIZE, SIZE))
+    macs = counter.get_total_flops() // 2
+    augment = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 1.0), lr=2e-3)
+    batch, step = 64, 0
+    steps = args.epochs * (len(labels) // batch)
+    cpu = 0.0
+    for epoch in range(args.epochs):
+        start = time.process_time()
+        torch.manual_seed(1000 * (args.seed + 1) + epoch)  # the same images for every variant
+        order = torch.randperm(len(labels))
+        losses = []
+        for indices in order[: len(labels) // batch * batch].view(-1, batch):
+            x = torch.stack([augment(torch.tensor(images[i])) for i in indices.tolist()]).float() / 255
+            rate = 2e-3 * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = F.cross_entropy(model(x)["logits"], labels[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+        cpu += time.process_time() - start
+        top1, val_loss = validate(model, val_images, val_labels)
+        line = dict(variant=args.variant, seed=args.seed, epochs=args.epochs, epoch=epoch + 1, top1=round(top1, 4))
+        line |= dict(loss=round(val_loss, 4), train_loss=round(float(np.mean(losses)), 4), cpu_s=round(cpu))
+        line |= dict(macs=macs, parameters=sum(p.numel() for p in model.parameters()))
+        print(json.dumps(line), flush=True)
+        with open(Path(__file__).with_suffix(".jsonl"), "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
