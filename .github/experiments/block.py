@@ -3,14 +3,15 @@
 
     python .github/experiments/block.py --list
     python .github/experiments/block.py "T 1" --seed 0 --data DIR
+    python .github/experiments/block.py "paper, mean" --data DIR --probe
     python .github/experiments/block.py --table
 
 DIR: class folders as for train.py; the tables in EXPERIMENTS.md are of Imagenette.  A nano classifier is
 trained on 96 x 96 pixels with one thread, and a JSON line per epoch goes to stdout and to block.jsonl
 beside this file: top-1 and loss on the validation images, seconds of CPU time so far (training and
 loading, not validation), multiply-adds of an image.  Runs of one seed see the same images in the same
-order.  Images are decoded once, to DIR-SPLIT-PIXELS.npy.  --table prints the last epoch of every run in
-block.jsonl, the lowest mean loss first.
+order.  Images are decoded once, to DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters before
+training.  --table prints the last epoch of every run in block.jsonl, the lowest mean loss first.
 """
 
 import argparse
@@ -225,7 +226,9 @@ class Block(nn.Module):
             x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.on:
             tokens = self.norm(x)
-            x = x + gamma[0] * self.dispatch(*self.cluster(tokens), tokens).view_as(x)
+            C, M = self.cluster(tokens)
+            self.seen = C.detach(), M.detach()  # for probe()
+            x = x + gamma[0] * self.dispatch(C, M, tokens).view_as(x)
         return x + gamma[1] * self.mlp(x) if hasattr(self, "mlp") else x
 
 
@@ -286,6 +289,20 @@ def validate(model, images, labels):
     return (logits.argmax(1) == labels).double().mean().item(), F.cross_entropy(logits, labels).item()
 
 
+def probe(model, images, labels):
+    """Print what the clusters of the first block of each stage are like, and the gradient of its queries.
+
+    evenness: entropy of M over log K, 1 if every token belongs to all clusters alike, 0 if to one of them.
+    spread: standard deviation over the centers of an image over that of all numbers in C(T); 0: all are equal.
+    """
+    F.cross_entropy(model(images)["logits"], labels).backward()
+    for i, stage in enumerate(model.backbone.stages):
+        C, M = stage[0].seen
+        evenness = torch.special.entr(M).sum(-1).mean() / math.log(M.shape[-1])
+        spread, gradient = C.std(1).mean() / C.std(), stage[0].q.grad.norm()
+        print(f"stage {i + 1}: evenness {evenness:.2f}, spread {spread:.2f}, gradient of q {gradient:.1e}")
+
+
 def print_table():
     last, rows = {}, {}
     for line in map(json.loads, open(Path(__file__).with_suffix(".jsonl"))):
@@ -307,6 +324,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", nargs="?", choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--list", action="store_true", help="print the names of the variants")
+    parser.add_argument("--probe", action="store_true", help="look at the clusters before training, and end")
     parser.add_argument("--table", action="store_true", help="print the results in block.jsonl")
     parser.add_argument("--data", help="class folders")
     parser.add_argument("--seed", type=int, default=0)
@@ -327,6 +345,8 @@ def main():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, SIZE, SIZE))
     macs = counter.get_total_flops() // 2
+    if args.probe:
+        return probe(model, torch.tensor(val_images[::61]).float() / 255, val_labels[::61])
     augment = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 1.0), lr=2e-3)
     batch, step = 64, 0
