@@ -3,15 +3,15 @@
 
     python .github/experiments/block.py --list
     python .github/experiments/block.py "T 1" --seed 0 --data DIR
-    python .github/experiments/block.py "paper, mean" --data DIR --probe
+    python .github/experiments/block.py "paper, mean" --data DIR --probe 120
     python .github/experiments/block.py --table
 
 DIR: class folders as for train.py; the tables in EXPERIMENTS.md are of Imagenette.  A nano classifier is
 trained on 96 x 96 pixels with one thread, and a JSON line per epoch goes to stdout and to block.jsonl
 beside this file: top-1 and loss on the validation images, seconds of CPU time so far (training and
 loading, not validation), multiply-adds of an image.  Runs of one seed see the same images in the same
-order.  Images are decoded once, to DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters before
-training.  --table prints the last epoch of every run in block.jsonl, the lowest mean loss first.
+order.  Images are decoded once, to DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters after so
+many steps.  --table prints the last epoch of every run in block.jsonl, the lowest mean loss first.
 """
 
 import argparse
@@ -295,6 +295,7 @@ def probe(model, images, labels):
     evenness: entropy of M over log K, 1 if every token belongs to all clusters alike, 0 if to one of them.
     spread: standard deviation over the centers of an image over that of all numbers in C(T); 0: all are equal.
     """
+    model.zero_grad()
     F.cross_entropy(model(images)["logits"], labels).backward()
     for i, stage in enumerate(model.backbone.stages):
         C, M = stage[0].seen
@@ -324,7 +325,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", nargs="?", choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--list", action="store_true", help="print the names of the variants")
-    parser.add_argument("--probe", action="store_true", help="look at the clusters before training, and end")
+    parser.add_argument("--probe", type=int, metavar="STEPS", help="look at the clusters after STEPS steps, and end")
     parser.add_argument("--table", action="store_true", help="print the results in block.jsonl")
     parser.add_argument("--data", help="class folders")
     parser.add_argument("--seed", type=int, default=0)
@@ -345,8 +346,6 @@ def main():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, SIZE, SIZE))
     macs = counter.get_total_flops() // 2
-    if args.probe:
-        return probe(model, torch.tensor(val_images[::61]).float() / 255, val_labels[::61])
     augment = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 1.0), lr=2e-3)
     batch, step = 64, 0
@@ -358,6 +357,8 @@ def main():
         order = torch.randperm(len(labels))
         losses = []
         for indices in order[: len(labels) // batch * batch].view(-1, batch):
+            if step == args.probe:
+                return probe(model, torch.tensor(val_images[::61]).float() / 255, val_labels[::61])
             x = torch.stack([augment(torch.tensor(images[i])) for i in indices.tolist()]).float() / 255
             rate = 2e-3 * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
