@@ -420,9 +420,8 @@ def training_sample(image, labels, boxes, masks, transform, crop):
     labels = parts["labels"]
     if masks is not None and masks.ndim == 2:
         cropped = parts["masks"].as_subclass(torch.Tensor)
-        present = cropped.unique()
-        present = present[present > 0]
-        labels, masks = labels[present.long() - 1], cropped == present.view(-1, 1, 1)
+        present = cropped.flatten().bincount(minlength=1)[1:].nonzero()[:, 0]  # unique() would sort all pixels
+        labels, masks = labels[present], cropped == (present + 1).view(-1, 1, 1)
     elif masks is not None:
         masks = parts["masks"].as_subclass(torch.Tensor).bool()
     return image.as_subclass(torch.Tensor), target_of(labels, parts.get("boxes"), masks, size)
@@ -897,8 +896,8 @@ class Ade(Dense):
         check_size(name, header_size(name), labels.shape, "its label map")
         if self.classes:
             self.label_map(index, labels)
-        values, counts = labels.unique(return_counts=True)
-        return Counter(dict(zip(values.tolist(), counts.tolist())))
+        counts = labels.flatten().bincount()
+        return Counter({value: int(counts[value]) for value in counts.nonzero()[:, 0].tolist()})
 
     def describe(self, total):
         """Lines that summarize the data set.  total: number of pixels per value in all maps."""

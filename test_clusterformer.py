@@ -2,7 +2,7 @@
 """Tests of the method and the scripts, most of them against references in NumPy, brute force or pycocotools.
 
     pytest -q                                what a change needs: two minutes on two cores
-    SLOW=1 pytest -q                         also kills, several processes and compilation: eight minutes
+    SLOW=1 pytest -q                         also kills, several processes and compilation: five minutes
     pytest -q -k on_a_gpu                    on a machine with GPUs
     REHEARSAL=1 pytest -q -s -k rehearsal    the first steps of the full-scale recipes
 """
@@ -1638,9 +1638,19 @@ def spoiled_on_one(rank, path):
     return steps, [p.detach() for group in made[0].param_groups for p in group["params"]]
 
 
+def survey_five():
+    def look(index):
+        if index in (1, 4):
+            raise data.InputError(f"file {index}")
+        return Counter({index: 1, 7: 2})
+
+    total, faults = data.survey(look, 5, "looking")
+    return total, list(map(str, faults))
+
+
 def all_parts(rank, path):
     spoiled, own = spoiled_on_one(rank, path), gradients(range(3 * rank, 3 * rank + 3), 2)
-    return dict(spoiled=spoiled, gradients=own, metrics=evaluate_a_part(rank, path))
+    return dict(spoiled=spoiled, gradients=own, metrics=evaluate_a_part(rank, path), survey=survey_five())
 
 
 @pytest.fixture(scope="module")
@@ -1654,6 +1664,11 @@ def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(pair):
     for name, expected in gradients(range(6)).items():
         torch.testing.assert_close(first[name], expected, atol=1e-4, rtol=1e-3)
         assert torch.equal(first[name], second[name])
+
+
+def test_all_processes_agree_whichever_of_them_reads_a_file(pair):
+    expected = Counter({0: 1, 2: 1, 3: 1, 7: 6}), ["file 1", "file 4"]
+    assert survey_five() == pair[0]["survey"] == pair[1]["survey"] == expected
 
 
 def test_all_processes_skip_the_step_in_which_one_has_no_finite_loss(pair):
