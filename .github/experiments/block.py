@@ -298,6 +298,8 @@ def probe(model, images, labels):
     model.zero_grad()
     F.cross_entropy(model(images)["logits"], labels).backward()
     for i, stage in enumerate(model.backbone.stages):
+        if not stage[0].on:
+            continue
         C, M = stage[0].seen
         evenness = torch.special.entr(M).sum(-1).mean() / math.log(M.shape[-1])
         spread, gradient = C.std(1).mean() / C.std(), stage[0].q.grad.norm()
