@@ -33,54 +33,50 @@ and token.  Figure 2b ends with an E-step: M(T) is computed from C(T).
 This file.  The projections are written q, k and v here.
 
     initial centers   C(0)   = pool(I) + FFN(pool(I))
-    E-step            M(t)   = softmax_K( S(t) ),  S(t) = scale * cos( q(C(t)), k(I) )         t < T
-    M-step            C(t+1) = C(t) + weighted mean of v(I), weights M(t) exp(S(t))            t < T
-    dispatching       p_i'   = p_i + sum_k M_ki(T-1) MLP(C_k(T))
+    E-step            M(t)   = softmax_K( S(t) ),  S(t) = scale * cos( q(C(t)), k(I) )     t = 0 .. T
+    M-step            C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)                        t < T
+    dispatching       p_i'   = p_i + sum_k M_ki(T) MLP(C_k(T))
 
-The differences.  A dash means that what we read does not say.
+The differences.  A dash means that what we read does not say.  Losses are validation losses on
+Imagenette after four epochs, 1.2 to 1.3; two seeds differ by 0.05 (.github/EXPERIMENTS.md).
 
     equation       the paper, as we read   here                      why
     -------------  ----------------------  ------------------------  -------------------------------
-    C(0): FFN      of the pooled mean      is added to the pooled    an untrained center is then the
-                                           mean, and starts at zero  mean of its cell, and attracts
-                                                                     tokens that look like it
-    K              100 in every stage      at most 10 x 10, with     a cluster of a single token has
-                                           cells of 2 x 2 tokens or  nothing to aggregate
-                                           more
+    C(0): FFN      of the pooled mean      is added to the pooled    centers are the means of their
+                                           mean, and starts at zero  cells from the first step on.
+                                                                     Else 2.5 points less on shapes
+    K              100 in every stage      at most 5 x 5, in cells   as good as 100, in two thirds of
+                                           of 2 x 2 tokens or more;  the time.  The decoder needs one
+                                           100 in the decoder        per object
     S              dot product             scale * cosine, with a    with a dot product, long
-                                           learned scale per head,   vectors win the softmax, in
-                                           at most 50                whatever direction they point
-    q, k, v:       -                       the identity              queries match keys from the
-    start                                                            first step
-    q, k, v:       -                       d x d in each head        D x D would cost D / d times as
-    size                                                             much
-    heads          of 32 channels          channels // 64 heads, or  half as many maps M to compute
-                                           one
-    E-steps        T + 1: C(T) is          T: C(T) is dispatched     one E-step fewer
-                   dispatched with M(T)    with M(T-1)
-    M-step:        M                       M exp(S)                  a token that looks like no
-    weights                                                          center still has a total
-                                                                     assignment of 1; exp(S) makes
-                                                                     its weight small
-    M-step: norm   sum                     mean                      a sum would grow with N
-    M-step:        replaces C              is added to C, as in      an empty cluster keeps its
-    update                                 kMaX-DeepLab (2022)       center; gradients reach C(0)
-    M-step:        -                       a head compares d         see "Channels" in section 2
-    channels                               channels side by side,
-                                           but averages every h-th
-    sim            a similarity            K M_ki(T-1), so 1/K       it has already been computed
+                                           learned scale per head,   vectors win the softmax; divided
+                                           at most 50                by sqrt(d), loss + 0.05
+    q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
+    size                                                             clear gain
+    v: start       -                       the identity              C adds up tokens of its own
+                                                                     space
+    M-step:        M, and a sum            M exp(S), and a mean:     exp(S) takes weight from tokens
+    weights                                softmax over N of         that match no center, which M
+                                           S + log M                 cannot: loss - 0.07.  A sum
+                                                                     grows with N
+    M-step:        replaces C              is added to C, as in      a center stays an object in the
+    update                                 kMaX-DeepLab (2022)       decoder.  In the backbone it
+                                                                     makes no difference
+    sim            a similarity            K M_ki(T), so 1/K         it has already been computed
                                            cancels
-    MLP            outside of the sum      inside of the sum         it runs K times, not N times
+    MLP            outside of the sum      inside of the sum         it runs K times, not N times:
+                                                                     outside, a third more time and
+                                                                     no gain
     block          -                       a depthwise 3 x 3         clusters ignore where tokens
                                            convolution comes first,  are; the convolution relates
-                                           an MLP on tokens last     neighbors
+                                           an MLP on tokens last     neighbors: loss - 0.08
     positions      -                       a linear map of (y, x)    centers can tell places apart
                                            is added to the tokens
     stem           -                       two 3 x 3 / 2             edges are learned in fewer
                                            convolutions              steps than with one 4 x 4 / 4
     downsampling   -                       3 x 3 / 2 convolution     patches overlap, as in the
                                                                      released code
-    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 27.0 M parameters; a
+    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 26.6 M parameters; a
                                            FFN D, MLPs 2 D           later paper lists 28 M for the
                                                                      paper's Tiny
 
@@ -127,9 +123,10 @@ VARIANTS = {
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 3  # of saved weights: raised when older ones would not fit, or would mean something else
-HEAD_DIM = 64  # a stage has channels // 64 heads, and at least one
-GRID = 10  # centers start from a grid of at most 10 x 10 cells: K = 100 (Paper, recalled)
+VERSION = 4  # of saved weights: raised when older ones would not fit, or would mean something else
+HEAD_DIM = 32  # channels of a head (Paper, recalled)
+GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
+OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
 CENTER_RATIO = 1, 2  # hidden width of the MLPs on centers, in units of D: initial, dispatching
 TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 
@@ -160,20 +157,20 @@ def to_device(values, device):
     return values.to(device)
 
 
-def pooling_matrix(lengths, size, min_cell=2):
+def pooling_matrix(lengths, size, grid=GRID, min_cell=2):
     """Average pooling along one side as a matrix, so that each image can have its own length.  Ours.
 
     lengths: (B,) int64, length of each image in tokens.  size: of the map, >= every length.
-    min_cell: a side has one cell per `min_cell` tokens, rounded up, and at most GRID cells.
+    A side has one cell per min_cell tokens, rounded up, and at most `grid` cells.
     Returns (B, k, size) float32, rows summing to 1 (to 0 for cells that an image does not have),
     and (B, k) bool, True for cells that it has.  Cells are those of torch's adaptive pooling: if
     the border between two cells lies inside of a token, they share that token.
     """
     fill = min_cell - 1
-    cell = torch.arange(min(GRID, (size + fill) // min_cell), device=lengths.device)[:, None]  # (k, 1)
+    cell = torch.arange(min(grid, (size + fill) // min_cell), device=lengths.device)[:, None]  # (k, 1)
     position = torch.arange(size, device=lengths.device)  # (size,)
     lengths = lengths[:, None, None]  # (B, 1, 1)
-    cells = ((lengths + fill) // min_cell).clamp(max=GRID)
+    cells = ((lengths + fill) // min_cell).clamp(max=grid)
     start, end = cell * lengths // cells, ((cell + 1) * lengths + cells - 1) // cells  # (B, k, 1)
     real = cell < cells
     inside = (position >= start) & (position < end) & real  # (B, k, size)
@@ -187,23 +184,24 @@ def image_mask(height, width, sizes):
     return rows[:, :, None] & columns[:, None]
 
 
-def make_layout(height, width, sizes=None, device=None, min_cell=2):
+def make_layout(height, width, sizes=None, device=None, grid=GRID, min_cell=2):
     """Layout of a map of height x width tokens.
 
     sizes: (B, 2) int64 on the CPU, heights and widths of the images in tokens; None: all fill the
         map.  They are on the CPU because they decide whether masks are needed: if they were on
         the GPU, the CPU would have to wait for them.
-    min_cell: minimum side of a grid cell in tokens.  It matters on small maps only; large ones have
-        the full 10 x 10 grid.  It is 2 in the backbone, where a cluster of a single token would have
-        nothing to aggregate, and 1 in the decoder.
+    grid: cells per side of the grid that centers start from, at most.
+    min_cell: side of a cell in tokens, at least; small maps have fewer cells.  It is 2 in the
+        backbone, where a cluster of a single token would have nothing to aggregate, and 1 in the
+        decoder.
     """
     device = torch.device("cpu") if device is None else device
     if sizes is None:
         sides = torch.stack([torch.full((1,), side, device=device) for side in (height, width)], 1)
     else:
         sides = to_device(sizes, device)
-    row_pool, real_rows = pooling_matrix(sides[:, 0], height, min_cell)
-    column_pool, real_columns = pooling_matrix(sides[:, 1], width, min_cell)
+    row_pool, real_rows = pooling_matrix(sides[:, 0], height, grid, min_cell)
+    column_pool, real_columns = pooling_matrix(sides[:, 1], width, grid, min_cell)
     y = (torch.arange(height, device=device) + 0.5) / sides[:, :1] - 0.5
     x = (torch.arange(width, device=device) + 0.5) / sides[:, 1:] - 0.5
     token_mask = center_mask = None
@@ -211,7 +209,7 @@ def make_layout(height, width, sizes=None, device=None, min_cell=2):
         shortest = sizes.amin(0).tolist()
         if shortest != [height, width]:
             token_mask = image_mask(height, width, sides)
-        fewest = [min(GRID, -(-side // min_cell)) for side in shortest]
+        fewest = [min(grid, -(-side // min_cell)) for side in shortest]
         if fewest != [row_pool.shape[1], column_pool.shape[1]]:
             center_mask = (real_rows[:, :, None] & real_columns[:, None]).flatten(1)
     return Layout(row_pool, column_pool, y, x, token_mask, center_mask, sizes)
@@ -257,18 +255,19 @@ class InitialCenters(nn.Module):
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
 def center_bias(center_mask):
-    """A bias of -inf for centers that an image does not have: bool (B, K) -> (B, 1, K); or None."""
-    if center_mask is None:
-        return None
-    zeros = torch.zeros(center_mask.shape, device=center_mask.device)
-    return zeros.masked_fill(~center_mask, -torch.inf)[:, None]
+    """A bias that takes all tokens from centers that an image does not have; or None.
+
+    center_mask: bool (B, K), or None.  Returns (B, 1, K): 0, or -1e4, whose exp() is 0.  With -inf,
+    a missing center would compute exp(-inf) over its sum, which is NaN.
+    """
+    return None if center_mask is None else -1e4 * (~center_mask).float()[:, None]
 
 
 class RecurrentCrossAttentionClustering(nn.Module):
     """T iterations of EM between K centers and N tokens, in each head separately.
 
         E-step    M(t)   = softmax_K( S(t) ),   S(t) = scale * cos( q(C(t)), k(I) )
-        M-step    C(t+1) = C(t) + mean of v(I), in which token i has the weight M_ki(t) exp(S_ki(t))
+        M-step    C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)
 
     One iteration, in one head, for one image:
 
@@ -281,29 +280,25 @@ class RecurrentCrossAttentionClustering(nn.Module):
                |      token 1 [   .8        .1          .0   ] sums to 1     |
                |      token 2 [   .2        .7          .0   ] sums to 1     |
                |      ...                   M^T                              v
-               +----> mean over the tokens, weights M exp(S) (K, N) ---> add ---> C(t+1) (K, D)
+               +----> mean over the tokens: softmax over N of S + log M ---> add ---> C(t+1) (K, D)
 
     Paper (Eq. 3, Figure 2b): softmax over K, so every token is divided among the clusters.
     (Ordinary attention takes it over N: every center chooses its tokens, and some tokens may be
     chosen by none.)  All iterations share q, k and v, and keys and values are computed once: it is
     a recurrence, not a stack of T layers.
 
-    Ours, beyond the table in the header:
-    - exp(S).  M compares the centers for one token; exp(S) compares the tokens for one center.
-      Without exp(S), tokens that look like no center would be divided among all centers, and would
-      blur their means.  A larger scale does not help: the total assignment of such a token stays 1.
-      A bias added to S counts twice in the weights, in M and in exp(S).
-    - The update.  C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the
-      cosine ignores the norm, and everything that reads C(T) normalizes it first.
-    - Channels.  Head j compares the channels j d .. j d + d - 1, but collects j, j + h, j + 2 h, ...
-      In the channels that were compared, the tokens of a cluster are alike, so their mean adds
-      little.  In the other channels it adds something new, which other heads compare in the next
-      iteration.  A single head compares and collects all channels.
+    The M-step is ordinary attention from centers to tokens, whose logits S are biased by log M: a
+    token weighs much in a mean if it matches the center (S), and no other center as well (M).  Its
+    weights are M exp(S), divided by their sum.  With weights M alone, tokens that match no center
+    would be divided among all centers, and would blur their means.  A larger scale does not help:
+    the total assignment of such a token stays 1.  A bias added to S counts twice, in S and in M.
 
-    Cost: S and M have N * K numbers per head.  An iteration makes about six passes over them, and
-    training keeps three such tensors per iteration.  So the code avoids further passes, such as
-    casts of M.  Inside, heads come before images: with (B, h, ...), matmul would copy the projections
-    for every image.
+    C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
+    the norm, and everything that reads C(T) normalizes it first.
+
+    Cost: S has N * K numbers per head.  An iteration makes four passes over them, and training keeps
+    two such tensors per iteration, log M and the weights.  Inside, heads come before images: with
+    (B, h, ...), matmul would copy the projections for every image.
     """
 
     def __init__(self, dim, num_heads, iterations=3, scale=10.0):
@@ -311,15 +306,17 @@ class RecurrentCrossAttentionClustering(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads, self.iterations = num_heads, iterations
-        identity = torch.eye(dim // num_heads).expand(num_heads, -1, -1)
-        self.q, self.k, self.v = (nn.Parameter(identity.clone()) for _ in range(3))  # (h, d, d)
+        d = dim // num_heads
+        self.q, self.k = (nn.Parameter(torch.randn(num_heads, d, d) * d**-0.5) for _ in range(2))
+        self.v = nn.Parameter(torch.eye(d).repeat(num_heads, 1, 1))  # (h, d, d), as q and k
         # With scale 10, a center that equals a token gets e^10 times what an orthogonal one gets.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
     def project(self, x, weight):
-        """x: (B, n, h, d).  weight: (h, d, d).  Returns (h, B, n, d)."""
-        return (x.permute(2, 0, 1, 3).flatten(1, 2) @ weight).unflatten(1, x.shape[:2])
+        """x: (B, n, D).  weight: (h, d, d).  Returns (h, B, n, d)."""
+        heads = x.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, n, d)
+        return (heads.flatten(1, 2) @ weight).unflatten(1, x.shape[:2])
 
     def forward(self, centers, tokens, token_mask=None, bias=None):
         """Cluster the tokens.
@@ -327,18 +324,16 @@ class RecurrentCrossAttentionClustering(nn.Module):
         centers: C(0), (B, K, D).  tokens: (B, N, D), or a map (B, H, W, D).
         token_mask: bool (B, N) or (B, H, W), False for padding, which belongs to no cluster.
         bias: added to S, broadcast to (h, B, N, K): the log of a prior; -inf for missing centers.
-        Returns C(T), (B, K, D), and M(T-1), (B, h, K, N), which is zero for padding.
+        Returns C(T), (B, K, D), and M(T), (B, h, K, N), which is zero for padding.
         """
         if self.training:
             with torch.no_grad():  # not in the graph: above the limit, its gradient would be zero
                 self.log_scale.clamp_(max=math.log(50.0))  # at 50, softmax is nearly an argmax
         size, tokens = tokens.shape[1:-1], tokens.flatten(1, -2)  # (B, N, D)
-        keys = self.project(tokens.unflatten(-1, (self.num_heads, -1)), self.k)  # (h, B, N, d)
-        interleaved = tokens.unflatten(-1, (-1, self.num_heads)).mT  # (B, N, h, d)
+        keys, values = self.project(tokens, self.k), self.project(tokens, self.v)  # (h, B, N, d)
         # float32 also under autocast: softmax returns float32 anyway.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        keys = F.normalize(keys.to(dtype), dim=-1)
-        values = self.project(interleaved, self.v).to(dtype)  # (h, B, N, d)
+        keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
         real = None if token_mask is None else token_mask.flatten(1)[..., None]  # (B, N, 1)
         if self.history is not None:
             self.history |= dict(size=size, tokens=tokens, values=values.transpose(0, 1))
@@ -346,24 +341,25 @@ class RecurrentCrossAttentionClustering(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             centers, q = centers.to(dtype), self.q.to(dtype)
             scale = self.log_scale.to(dtype).exp().view(-1, 1, 1, 1)
-            for _ in range(self.iterations):
+            for t in range(self.iterations + 1):
                 # E-step.  S and M are transposed, (N, K): over the last axis, softmax is one pass.
-                queries = self.project(centers.unflatten(-1, (self.num_heads, -1)), q)  # (h, B, K, d)
-                S = keys @ (scale * F.normalize(queries, dim=-1)).mT  # (h, B, N, K)
+                queries = F.normalize(self.project(centers, q), dim=-1)  # (h, B, K, d)
+                S = keys @ (scale * queries).mT  # (h, B, N, K)
                 S = S if bias is None else S + bias
-                M = S.softmax(-1)  # over K (Paper)
-                M = M if real is None else M * real  # not -inf in S: a row of -inf would give NaN
+                log_M = S.log_softmax(-1)  # over K (Paper)
+                log_M = log_M if real is None else log_M.masked_fill(~real, -torch.inf)
+                if self.history is not None:
+                    self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
+                if t == self.iterations:
+                    break
                 # M-step.
-                weights = M * S.exp_()  # (h, B, N, K)
-                mass = weights.sum(-2, keepdim=True)  # (h, B, 1, K)
-                mass = mass.masked_fill(mass < 1e-30, 1.0)  # an empty cluster has mean 0
-                means = values.mT @ weights / mass  # (h, B, d, K)
-                centers = centers + means.permute(1, 3, 2, 0).flatten(2)  # (B, K, D)
+                weights = (S + log_M).softmax(-2)  # over N: M exp(S), divided by its sum
+                means = weights.mT @ values  # (h, B, K, d)
+                centers = centers + means.permute(1, 2, 0, 3).flatten(2)  # (B, K, D)
                 if self.history is not None:
                     self.history["centers"].append(centers)
-                    self.history["assignments"].append(M.permute(1, 0, 3, 2))
-                    self.history["weights"].append((weights / mass).permute(1, 0, 3, 2))
-        return centers.to(tokens.dtype), M.permute(1, 0, 3, 2)
+                    self.history["weights"].append(weights.permute(1, 0, 3, 2))
+        return centers.to(tokens.dtype), log_M.exp().permute(1, 0, 3, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,14 +369,11 @@ class FeatureDispatching(nn.Module):
     """What each token receives from its clusters.
 
         Paper (Eq. 6, Figure 2c)   MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )
-        Ours                       sum_k M_ki(T-1) MLP(C_k(T))
+        Ours                       sum_k M_ki(T) MLP(C_k(T))
 
     Ours is the paper's with sim(C_k, p_i) = K M_ki, so that 1/K cancels, and with the MLP inside of
-    the sum.  Each head uses its own M.  We take M(T-1), which was computed from C(T-1).  Figure 2b
-    has one more E-step, which computes M(T) from C(T).
-    The MLP matters.  The tokens of a cluster look alike, so without an MLP a token would receive
-    little more than a blurred copy of itself.  The MLP also mixes all channels, so dispatching does
-    not need the interleaved channels of the M-step.
+    the sum.  Each head uses its own M.
+    The MLP runs on centers, of which there are few, and decides what a cluster tells its tokens.
     The classification head and the decoder have no dispatching: there, centers are the result.
     """
 
@@ -491,13 +484,13 @@ class Backbone(nn.Module):
 
         image      3 x 224 x 224
           | stem: two 3 x 3 / 2 convolutions, + coordinates
-        stage 1   96 x  56 x  56   stride  4   N = 3136   K = 10 x 10   2 blocks
+        stage 1   96 x  56 x  56   stride  4   N = 3136   K = 5 x 5   2 blocks
           | norm, 3 x 3 / 2 convolution
-        stage 2  192 x  28 x  28   stride  8   N =  784   K = 10 x 10   2 blocks
+        stage 2  192 x  28 x  28   stride  8   N =  784   K = 5 x 5   2 blocks
           | norm, 3 x 3 / 2 convolution
-        stage 3  384 x  14 x  14   stride 16   N =  196   K =  7 x  7   6 blocks
+        stage 3  384 x  14 x  14   stride 16   N =  196   K = 5 x 5   6 blocks
           | norm, 3 x 3 / 2 convolution
-        stage 4  768 x   7 x   7   stride 32   N =   49   K =  4 x  4   2 blocks
+        stage 4  768 x   7 x   7   stride 32   N =   49   K = 4 x 4   2 blocks
 
     Paper (Figure 2a): four stages; depths and widths of Swin.  Ours: the stem, and how positions
     enter.  What we read of the paper describes neither.
@@ -678,18 +671,11 @@ class Neck(nn.Module):
 
 
 def cell_boxes(layout):
-    """Boxes of the grid cells, which the decoder starts from: (B or 1, K, 4) cxcywh.  Ours.
-
-    A box follows from the mean and the variance of the positions in its cell: positions that are
-    spread evenly over a length have the variance length^2 / 12.
-    """
+    """Boxes of the grid cells, which the decoder starts from: (B or 1, K, 4) cxcywh.  Ours."""
     centers, sides = [], []
     for pool, position in ((layout.column_pool, layout.x), (layout.row_pool, layout.y)):
-        mean = (pool * position[:, None]).sum(-1)  # (B, kw), then (B, kh)
-        variance = (pool * (position[:, None] - mean[..., None]) ** 2).sum(-1)
-        half_token = 0.5 + position[:, :1]  # from the border of the image to its first token's middle
-        centers.append(mean + 0.5)
-        sides.append((12 * variance + 4 * half_token**2).sqrt())  # + a token's own side
+        centers.append((pool * position[:, None]).sum(-1) + 0.5)  # (B, kw), then (B, kh)
+        sides.append((pool > 0).sum(-1) * (1 + 2 * position[:, :1]))  # tokens, times a token's side
     (x, y), (width, height) = centers, sides
     columns, rows = torch.stack([x, width], -1)[:, None], torch.stack([y, height], -1)[:, :, None]
     boxes = torch.stack(torch.broadcast_tensors(columns, rows), -1)  # (B, kh, kw, 2, 2)
@@ -1008,7 +994,7 @@ class Decoder(nn.Module):
         # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
         # and a small map may still hold many objects.
         height, width = tokens[0].shape[1:3]
-        grid = make_layout(height, width, layouts[0].sizes, maps[0].device, min_cell=1)
+        grid = make_layout(height, width, layouts[0].sizes, maps[0].device, OBJECT_GRID, min_cell=1)
         centers = self.initial(tokens[0], grid)
         boxes = cell_boxes(grid).expand(len(centers), -1, -1)  # (B, K, 4)
         outputs = [self.predict_centers(centers, boxes, embeddings, finest, grid.center_mask)]
@@ -1552,7 +1538,7 @@ def trace(model, images):
         "name"         of the module, such as "backbone.stages.1.0.cluster"
         "size"         (H, W) of its N tokens
         "centers"      C(0) .. C(T), each (B, K, D)
-        "assignments"  M(0) .. M(T-1), each (B, h, K, N)
+        "assignments"  M(0) .. M(T), each (B, h, K, N)
         "tokens"       (B, N, D), and "values" v(I), (B, h, N, d)
         "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1
                        over N, or to 0 for an empty cluster

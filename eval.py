@@ -519,7 +519,7 @@ def cluster_panels(model, image):
             first = clusters(grid_assignment(*block["size"]), block, stride)
             iterations.append((f"stage {i + 1}: C(0), the grid", first))
             for t, M in enumerate(steps):
-                iterations.append((f"iteration {t + 1}: M({t})", clusters(M, block, stride)))
+                iterations.append((f"E-step {t + 1}: M({t})", clusters(M, block, stride)))
     return [stages, iterations]
 
 
@@ -543,8 +543,7 @@ def explain(model, image, weights):
         # Contributions through C(0), then through the iterations.
         contributions = grid_assignment(*size, image.device)[0] * (w @ tokens.T)  # (K, N)
         values, W = entry["values"][0], sum(entry["weights"])[0]  # (h, N, d), (h, K, N)
-        # Head j collects channels j, j + h, j + 2 h, ...
-        w = w.unflatten(1, (-1, len(values))).permute(2, 0, 1)  # (h, K, d)
+        w = w.unflatten(1, (len(values), -1)).transpose(0, 1)  # (h, K, d)
         contributions = contributions + (W * (w @ values.mT)).sum(0)
         bias = weights @ head.classifier(head.center_norm.bias)
     return value.item(), bias.item(), contributions.unflatten(1, size)
