@@ -4,14 +4,16 @@
     python .github/experiments/block.py --list
     python .github/experiments/block.py "T 1" --seed 0 --data DIR
     python .github/experiments/block.py "paper, mean" --data DIR --probe 120
+    python .github/experiments/block.py "heads of 32" --cost
     python .github/experiments/block.py --table
 
-DIR: class folders as for train.py; the tables in EXPERIMENTS.md are of Imagenette.  A nano classifier is
-trained on 96 x 96 pixels with one thread, and a JSON line per epoch goes to stdout and to block.jsonl
-beside this file: top-1 and loss on the validation images, seconds of CPU time so far (training and
-loading, not validation), multiply-adds of an image.  Runs of one seed see the same images in the same
-order.  Images are decoded once, to DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters after so
-many steps.  --table prints the last epoch of every run in block.jsonl, the lowest mean loss first.
+DIR: class folders as for train.py, 96 x 96 pixels; or "shapes", the built-in scenes, 48 x 48.  The tables in
+EXPERIMENTS.md are of Imagenette and of shapes.  A nano classifier is trained with one thread, and a
+JSON line per epoch goes to stdout and to block.jsonl beside this file: top-1 and loss on the validation
+images, seconds of CPU time so far (training and loading, not validation), multiply-adds of an image.
+Runs of one seed see the same images in the same order.  Images are decoded once, to
+DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters after so many steps, --cost measures a Tiny.  --table prints the last epoch
+of every run in block.jsonl, the lowest mean loss first.
 """
 
 import argparse
@@ -26,14 +28,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import clusterformer  # noqa: E402
 from clusterformer import ClusterBlock, ClusterFormer, make_layout, pool_centers, prenorm_mlp  # noqa: E402
-from data import Folder, eval_transform  # noqa: E402
+from data import Folder, Shapes, eval_transform  # noqa: E402
 from train import parameter_groups  # noqa: E402
 
 SIZE, CACHED = 96, 128  # pixels per side: of training and validation, and of decoded training images
@@ -47,18 +49,20 @@ class Options:
     """The defaults are the block of clusterformer.py.  A tuple holds a value per stage."""
 
     clusters: tuple = (True, True, True, True)  # False: the block without clustering and dispatching
-    grid: tuple = (10, 10, 10, 10)  # sides of the grid of first centers, at most
+    grid: tuple = (5, 5, 5, 5)  # sides of the grid of first centers, at most
     iterations: tuple = (3, 3, 3, 3)  # T
-    head_dim: int = 64
+    head_dim: int = 32
     center_ffn: str = "residual"  # C(0) = pool + FFN(pool); "plain": FFN(pool); "none": pool
+    scale: float = 10.0  # of the cosine, at the start
     similarity: str = "cosine"  # with a learned scale; "dot": q k; "scaled dot": q k / sqrt(d)
     full: bool = False  # q, k, v are D x D, not d x d in each head
-    random: str = ""  # which of the projections q, k and v start at random; the others start as the identity
+    random: str = "qk"  # which of the projections q, k and v start at random; the others start as the identity
+    noise: float = 0.0  # of q and k that start as the identity: how much of a random start is added
     exp_s: bool = True  # the M-step weights are M exp(S); False: M
     mean: bool = True  # the M-step takes a weighted mean; False: a sum
     residual: bool = True  # and adds it to C; False: replaces C
-    interleave: bool = True  # it collects other channels than a head compares
-    last_e_step: bool = False  # M(T) from C(T) is dispatched; False: M(T-1)
+    interleave: bool = False  # it collects other channels than a head compares
+    last_e_step: bool = True  # M(T) from C(T) is dispatched; False: M(T-1)
     dispatch: str = "inside"  # sum_k M MLP(C_k); "outside": MLP(sum_k M C_k); "paper": Eq. 6 with the cosine
     layer_scale: bool = False  # branches start scaled by 0.1; False: their last layers start at zero
     depthwise: bool = True
@@ -66,72 +70,61 @@ class Options:
 
 
 OURS = Options()
-PAPER = replace(OURS, head_dim=32, center_ffn="plain", similarity="dot", full=True, random="qkv", exp_s=False)
-PAPER = replace(PAPER, mean=False, residual=False, interleave=False, last_e_step=True, dispatch="paper")
+WIDE = replace(OURS, head_dim=64, last_e_step=False)
+HALF = replace(WIDE, random="", noise=1.0)  # q and k start as the identity plus random numbers
+FIRST = replace(HALF, grid=(10, 10, 10, 10), noise=0.0, interleave=True)  # the block before these experiments
+LEAN = replace(FIRST, grid=(5, 5, 5, 5), interleave=False, exp_s=False)
+NEAR = replace(LEAN, head_dim=32, center_ffn="plain", similarity="scaled dot", last_e_step=True, dispatch="outside")
+NEAR = replace(NEAR, token_ratio=(0, 0, 0, 0))
+PAPER = replace(OURS, center_ffn="plain", similarity="dot", full=True, random="qkv", exp_s=False)
+PAPER = replace(PAPER, mean=False, residual=False, dispatch="paper", grid=(10, 10, 10, 10))
 PAPER = replace(PAPER, depthwise=False, token_ratio=(0, 0, 0, 0))  # the block as we read it, and nothing else
-# The paper's clustering among our other parts: convolution, MLP on tokens, norms, branches that start at zero.
-INNER = replace(OURS, head_dim=32, center_ffn="plain", similarity="scaled dot", full=True, random="qkv")
-INNER = replace(INNER, exp_s=False, residual=False, interleave=False, last_e_step=True, dispatch="outside")
-NO_CLUSTERS = (False, False, False, False)
-VARIANTS = {
-    "ours": OURS,
-    "paper": PAPER,
-    "paper, mean": replace(PAPER, mean=True),
-    "paper, residual": replace(PAPER, residual=True),
-    "paper, mean, residual": replace(PAPER, mean=True, residual=True),
-    "paper, mean, residual, cosine": replace(PAPER, mean=True, residual=True, similarity="cosine"),
-    "paper, scaled dot product": replace(PAPER, similarity="scaled dot"),
-    "paper, mean, scaled dot product": replace(PAPER, mean=True, similarity="scaled dot"),
-    "inner": INNER,
-    "inner, cosine": replace(INNER, similarity="cosine"),
-    "inner, residual": replace(INNER, residual=True),
-    "inner, MLP inside": replace(INNER, dispatch="inside"),
-    "inner, MLP inside, residual": replace(INNER, dispatch="inside", residual=True),
-    "inner, residual center FFN": replace(INNER, center_ffn="residual"),
-    "inner, GRID 5": replace(INNER, grid=(5, 5, 5, 5)),
-    "inner, T 1": replace(INNER, iterations=(1, 1, 1, 1)),
-    "random, full": replace(OURS, random="qkv", full=True),
-    "random, not interleaved, weights M": replace(OURS, random="qkv", interleave=False, exp_s=False),
-    "random, GRID 5": replace(OURS, random="qkv", grid=(5, 5, 5, 5)),
-    "random, GRID 5, T 1": replace(OURS, random="qkv", grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
-    "no clusters": replace(OURS, clusters=NO_CLUSTERS),
-    "clusters in stages 3, 4": replace(OURS, clusters=(False, False, True, True)),
-    "clusters in stages 2 to 4": replace(OURS, clusters=(False, True, True, True)),
-    "T 1": replace(OURS, iterations=(1, 1, 1, 1)),
-    "T 2": replace(OURS, iterations=(2, 2, 2, 2)),
-    "GRID 3": replace(OURS, grid=(3, 3, 3, 3)),
-    "GRID 5": replace(OURS, grid=(5, 5, 5, 5)),
-    "GRID 7": replace(OURS, grid=(7, 7, 7, 7)),
-    "GRID 5, T 1": replace(OURS, grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
-    "last E-step": replace(OURS, last_e_step=True),
-    "not interleaved": replace(OURS, interleave=False),
-    "weights M": replace(OURS, exp_s=False),
-    "not interleaved, weights M": replace(OURS, interleave=False, exp_s=False),
-    "sum": replace(OURS, mean=False, exp_s=False),
-    "replace": replace(OURS, residual=False),
-    "dot product": replace(OURS, similarity="dot"),
-    "scaled dot product": replace(OURS, similarity="scaled dot"),
-    "heads of 32": replace(OURS, head_dim=32),
-    "full projections": replace(OURS, full=True),
-    "random projections": replace(OURS, random="qkv"),
-    "random v": replace(OURS, random="v"),
-    "random q, k": replace(OURS, random="qk"),
-    "MLP outside": replace(OURS, dispatch="outside"),
-    "layer scale": replace(OURS, layer_scale=True),
-    "no depthwise convolution": replace(OURS, depthwise=False),
-    "plain center FFN": replace(OURS, center_ffn="plain"),
-    "no center FFN": replace(OURS, center_ffn="none"),
-    "MLP ratios 4": replace(OURS, token_ratio=(4, 4, 4, 4)),
-    "MLP ratios 8, 8, 4, 4": replace(OURS, token_ratio=(8, 8, 4, 4)),
+CHANGES = {
+    "T 1": dict(iterations=(1, 1, 1, 1)),
+    "T 2": dict(iterations=(2, 2, 2, 2)),
+    "GRID 3": dict(grid=(3, 3, 3, 3)),
+    "GRID 5": dict(grid=(5, 5, 5, 5)),
+    "GRID 5, T 1": dict(grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
+    "GRID 10": dict(grid=(10, 10, 10, 10)),
+    "clusters in stages 3, 4": dict(clusters=(False, False, True, True)),
+    "identity": dict(noise=0.0),
+    "identity, scale 3": dict(noise=0.0, scale=3.0),
+    "random q, k": dict(random="qk", noise=0.0),
+    "random v": dict(random="v", noise=0.0),
+    "random q, k, v": dict(random="qkv", noise=0.0),
+    "random q, k, v, weights M, not interleaved": dict(random="qkv", noise=0.0, exp_s=False, interleave=False),
+    "scaled dot product": dict(similarity="scaled dot"),
+    "scaled dot product, random q, k": dict(similarity="scaled dot", random="qk", noise=0.0),
+    "weights M": dict(exp_s=False),
+    "weights M, not interleaved": dict(exp_s=False, interleave=False),
+    "not interleaved": dict(interleave=False),
+    "interleaved": dict(interleave=True),
+    "replace": dict(residual=False),
+    "replace, last E-step": dict(residual=False, last_e_step=True),
+    "last E-step": dict(last_e_step=True),
+    "full projections": dict(full=True),
+    "heads of 32": dict(head_dim=32),
+    "plain center FFN": dict(center_ffn="plain"),
+    "no center FFN": dict(center_ffn="none"),
+    "MLP outside": dict(dispatch="outside"),
+    "MLP outside, no MLP on tokens": dict(dispatch="outside", token_ratio=(0, 0, 0, 0)),
+    "MLP ratios 1": dict(token_ratio=(1, 1, 1, 1)),
+    "layer scale": dict(layer_scale=True),
+    "no depthwise convolution": dict(depthwise=False),
+    "mean": dict(mean=True),
+    "residual": dict(residual=True),
+    "mean, residual": dict(mean=True, residual=True),
+    "mean, residual, cosine": dict(mean=True, residual=True, similarity="cosine"),
+    "mean, scaled dot product": dict(mean=True, similarity="scaled dot"),
 }
+VARIANTS = {"no clusters": replace(OURS, clusters=(False, False, False, False))}
+for name, base in dict(ours=OURS, wide=WIDE, half=HALF, first=FIRST, lean=LEAN, near=NEAR, paper=PAPER).items():
+    VARIANTS |= {name: base} | {f"{name}, {change}": replace(base, **values) for change, values in CHANGES.items()}
 
 
 @functools.cache
 def layout_of(height, width, grid):
-    before, clusterformer.GRID = clusterformer.GRID, grid
-    layout = make_layout(height, width)
-    clusterformer.GRID = before
-    return layout
+    return make_layout(height, width, grid=grid)
 
 
 def mlp(dim, ratio, plain=False):
@@ -159,9 +152,12 @@ class Block(nn.Module):
             identity = torch.eye(shape[1]).expand(*shape, -1)
             drawn = [torch.randn(*shape, shape[1]) * shape[1] ** -0.5 for _ in options.random]
             start = {name: identity.clone() for name in "qkv"} | dict(zip(options.random, drawn))
+            for name in "qk":
+                if options.noise:
+                    start[name] += options.noise * torch.randn(*shape, shape[1]) * shape[1] ** -0.5
             self.q, self.k, self.v = (nn.Parameter(start[name]) for name in "qkv")
             if options.similarity == "cosine":
-                self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(10.0)))
+                self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(options.scale)))
             if options.center_ffn != "none":
                 self.ffn = mlp(dim, 1, options.center_ffn == "plain")
             self.dispatch_mlp = mlp(dim, 2, options.dispatch == "paper")
@@ -197,18 +193,17 @@ class Block(nn.Module):
         for t in range(self.iterations + options.last_e_step):
             queries = self.project(C, self.q)
             S = keys @ (scale * (F.normalize(queries, dim=-1) if cosine else queries)).mT  # (h, B, N, K)
-            M = S.softmax(-1)
+            log_M = S.log_softmax(-1)
             if t == self.iterations:
                 break
-            if options.exp_s and not cosine:  # the mean does not change, and exp() does not overflow
-                S = S - S.amax(-2, keepdim=True).detach()
-            weights = M * S.exp() if options.exp_s else M
-            means = values.mT @ weights  # (h, B, d, K)
             if options.mean:
-                means = means / weights.sum(-2, keepdim=True).clamp(min=1e-30)
+                weights = (S + log_M if options.exp_s else log_M).softmax(-2)
+            else:
+                weights = (S + log_M if options.exp_s else log_M).exp()
+            means = values.mT @ weights  # (h, B, d, K)
             means = means.permute(1, 3, 2, 0).flatten(2) if options.interleave else means.permute(1, 3, 0, 2).flatten(2)
             C = C + means if options.residual else means
-        return C, M
+        return C, log_M.exp()
 
     def dispatch(self, C, M, tokens):
         """What each token receives, (B, N, D)."""
@@ -232,9 +227,9 @@ class Block(nn.Module):
         return x + gamma[1] * self.mlp(x) if hasattr(self, "mlp") else x
 
 
-def build(options, classes):
-    """A nano classifier.  Everything but its blocks is that of clusterformer.py."""
-    model = ClusterFormer("cls", "nano", classes, iterations=options.iterations[-1])
+def build(options, classes, size="nano"):
+    """A classifier.  Everything but its blocks is that of clusterformer.py."""
+    model = ClusterFormer("cls", size, classes, iterations=options.iterations[-1])
     for stage, blocks in enumerate(model.backbone.stages):
         for i, block in enumerate(blocks):
             blocks[i] = Block(block.norm.normalized_shape[0], stage, options)
@@ -243,7 +238,7 @@ def build(options, classes):
 
 def check_against_module():
     """The default options compute what clusterformer.py computes."""
-    theirs, ours = ClusterBlock(128, 2), Block(128, 0, OURS)
+    theirs, ours = ClusterBlock(128, 4), Block(128, 0, OURS)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
     theirs.cluster.log_scale.data.fill_(2.0)
@@ -279,6 +274,38 @@ def decoded(root, split):
     return np.load(path, mmap_mode="r"), torch.from_numpy(dataset.labels), dataset.classes
 
 
+class Photographs:
+    """Class folders, decoded once."""
+
+    size, batch, rate = SIZE, 64, 2e-3
+
+    def __init__(self, root, seed):
+        self.images, self.labels, self.classes = decoded(root.rstrip("/"), "train")
+        self.val_images, self.val_labels, _ = decoded(root.rstrip("/"), "val")
+        self.length = len(self.labels)
+        self.augment = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
+
+    def load(self, epoch, indices):
+        return torch.stack([self.augment(torch.tensor(self.images[i])) for i in indices]), self.labels[indices]
+
+
+class Scenes:
+    """The built-in scenes, as train.py draws them."""
+
+    size, batch, rate, length = 48, 32, 3e-3, 6500
+
+    def __init__(self, root, seed):
+        self.dataset, val = Shapes(self.length, self.size, seed, "train"), Shapes(2000, self.size, seed, "val")
+        self.classes = val.classes
+        scenes = [val[0, i] for i in range(len(val))]
+        self.val_images = np.stack([image.numpy() for image, _ in scenes])
+        self.val_labels = torch.tensor([label for _, label in scenes])
+
+    def load(self, epoch, indices):
+        images, labels = zip(*(self.dataset[epoch, i] for i in indices))
+        return torch.stack(images), torch.tensor(labels)
+
+
 def validate(model, images, labels):
     """Top-1 and cross-entropy."""
     model.eval()
@@ -306,21 +333,53 @@ def probe(model, images, labels):
         print(f"stage {i + 1}: evenness {evenness:.2f}, spread {spread:.2f}, gradient of q {gradient:.1e}")
 
 
+def cost(options, rounds=5):
+    """Print what a Tiny of these blocks costs beside torchvision's convnext_tiny, two images of 224 x 224.
+
+    Times are CPU seconds of one thread, the least of some interleaved rounds.  Saved: what a forward pass
+    keeps for the backward pass, without the parameters.
+    """
+    models = {"convnext_tiny": torchvision.models.convnext_tiny(), "Tiny": build(options, 1000, "tiny")}
+    images, times = torch.rand(2, 3, 224, 224), {name: ([], []) for name in models}
+
+    def loss(model):
+        output = model(images)
+        return (output if torch.is_tensor(output) else output["logits"]).square().mean()
+
+    for _ in range(rounds):
+        for name, model in models.items():
+            start = time.process_time()
+            with torch.no_grad():
+                loss(model)
+            middle = time.process_time()
+            loss(model).backward()
+            times[name][0].append(middle - start)
+            times[name][1].append(time.process_time() - middle)
+    own, saved = {p.untyped_storage().data_ptr() for p in models["Tiny"].parameters()}, {}
+    pack = lambda x: saved.setdefault(x.untyped_storage().data_ptr(), x)  # kept, so that no address comes twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss(models["Tiny"])
+    size = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own) / 2
+    forward, training = (min(ours) / min(peer) for peer, ours in zip(times["convnext_tiny"], times["Tiny"]))
+    line = f"forward {forward:.2f}, training {training:.2f} of convnext_tiny's time; saved {size / 2**20:.0f} MiB an image"
+    print(f"{line}; {sum(p.numel() for p in models['Tiny'].parameters()) / 1e6:.1f} M parameters")
+
+
 def print_table():
     last, rows = {}, {}
     for line in map(json.loads, open(Path(__file__).with_suffix(".jsonl"))):
         if line["epoch"] == line["epochs"]:
-            last[line["variant"], line["epochs"], line["seed"]] = line
-    for (variant, epochs, _), line in last.items():
-        rows.setdefault((variant, epochs), []).append(line)
-    print("| block | epochs | seeds | top-1 % | validation loss | CPU s | M multiply-adds | M parameters |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+            last[line["data"], line["epochs"], line["variant"], line["seed"]] = line
+    for (*key, _), line in last.items():
+        rows.setdefault(tuple(key), []).append(line)
+    print("| data | epochs | block | seeds | top-1 % | validation loss | CPU s | M multiply-adds | M parameters |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     mean = lambda lines, key: sum(line[key] for line in lines) / len(lines)
-    for (variant, epochs), lines in sorted(rows.items(), key=lambda row: (row[0][1], mean(row[1], "loss"))):
-        seeds = ", ".join(str(line["seed"]) for line in lines)
+    for key, lines in sorted(rows.items(), key=lambda row: (*row[0][:2], mean(row[1], "loss"))):
+        seeds = ", ".join(sorted(str(line["seed"]) for line in lines))
         quality = f"{100 * mean(lines, 'top1'):.1f} | {mean(lines, 'loss'):.3f}"
         cost = f"{mean(lines, 'cpu_s'):.0f} | {lines[0]['macs'] / 1e6:.0f} | {lines[0]['parameters'] / 1e6:.2f}"
-        print(f"| {variant} | {epochs} | {seeds} | {quality} | {cost} |")
+        print("|", *(f"{x} |" for x in (*key, seeds)), f"{quality} | {cost} |")
 
 
 def main():
@@ -328,8 +387,9 @@ def main():
     parser.add_argument("variant", nargs="?", choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--list", action="store_true", help="print the names of the variants")
     parser.add_argument("--probe", type=int, metavar="STEPS", help="look at the clusters after STEPS steps, and end")
+    parser.add_argument("--cost", action="store_true", help="time and memory of a Tiny of these blocks")
     parser.add_argument("--table", action="store_true", help="print the results in block.jsonl")
-    parser.add_argument("--data", help="class folders")
+    parser.add_argument("--data", help="class folders, or shapes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args()
@@ -337,35 +397,31 @@ def main():
         return print(*VARIANTS, sep="\n")
     if args.table:
         return print_table()
-    if not args.variant or not args.data:
+    if not args.variant or not (args.data or args.cost):
         parser.error("give a VARIANT, see --list, and --data DIR")
     torch.set_num_threads(1)
     check_against_module()
-    images, labels, classes = decoded(args.data.rstrip("/"), "train")
-    val_images, val_labels, _ = decoded(args.data.rstrip("/"), "val")
+    if args.cost:
+        return cost(VARIANTS[args.variant])
+    data = (Scenes if args.data == "shapes" else Photographs)(args.data, args.seed)
     torch.manual_seed(args.seed)
-    model = build(VARIANTS[args.variant], len(classes))
+    model = build(VARIANTS[args.variant], len(data.classes))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, SIZE, SIZE))
+        model(torch.zeros(1, 3, data.size, data.size))
     macs = counter.get_total_flops() // 2
-    augment = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()])
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 1.0), lr=2e-3)
-    batch, step = 64, 0
-    steps = args.epochs * (len(labels) // batch)
-    cpu = 0.0
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 1.0), lr=data.rate)
+    cpu, step, steps = 0.0, 0, args.epochs * (data.length // data.batch)
     for epoch in range(args.epochs):
-        start = time.process_time()
+        start, losses = time.process_time(), []
         torch.manual_seed(1000 * (args.seed + 1) + epoch)  # the same images for every variant
-        order = torch.randperm(len(labels))
-        losses = []
-        for indices in order[: len(labels) // batch * batch].view(-1, batch):
+        for indices in torch.randperm(data.length)[: data.length // data.batch * data.batch].view(-1, data.batch):
             if step == args.probe:
-                return probe(model, torch.tensor(val_images[::61]).float() / 255, val_labels[::61])
-            x = torch.stack([augment(torch.tensor(images[i])) for i in indices.tolist()]).float() / 255
-            rate = 2e-3 * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+                return probe(model, torch.tensor(data.val_images[::61]).float() / 255, data.val_labels[::61])
+            images, labels = data.load(epoch, indices.tolist())
+            rate = data.rate * min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = F.cross_entropy(model(x)["logits"], labels[indices])
+            loss = F.cross_entropy(model(images.float() / 255)["logits"], labels)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -373,10 +429,11 @@ def main():
             losses.append(loss.item())
             step += 1
         cpu += time.process_time() - start
-        top1, val_loss = validate(model, val_images, val_labels)
-        line = dict(variant=args.variant, seed=args.seed, epochs=args.epochs, epoch=epoch + 1, top1=round(top1, 4))
-        line |= dict(loss=round(val_loss, 4), train_loss=round(float(np.mean(losses)), 4), cpu_s=round(cpu))
-        line |= dict(macs=macs, parameters=sum(p.numel() for p in model.parameters()))
+        top1, val_loss = validate(model, data.val_images, data.val_labels)
+        line = dict(data=Path(args.data).name, variant=args.variant, seed=args.seed, epochs=args.epochs)
+        line |= dict(epoch=epoch + 1, top1=round(top1, 4), loss=round(val_loss, 4))
+        line |= dict(train_loss=round(float(np.mean(losses)), 4), cpu_s=round(cpu), macs=macs)
+        line |= dict(parameters=sum(p.numel() for p in model.parameters()))
         print(json.dumps(line), flush=True)
         with open(Path(__file__).with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
