@@ -308,8 +308,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.num_heads, self.iterations = num_heads, iterations
         d = dim // num_heads
         self.q, self.k = (nn.Parameter(torch.randn(num_heads, d, d) * d**-0.5) for _ in range(2))
-        self.v = nn.Parameter(torch.eye(d).repeat(num_heads, 1, 1))  # (h, d, d), as q and k
-        # With scale 10, a center that equals a token gets e^10 times what an orthogonal one gets.
+        self.v = nn.Parameter(torch.eye(d).repeat(num_heads, 1, 1))  # (h, d, d), like q and k
+        # With scale 10, a query that equals a key gets e^10 times what an orthogonal one gets.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
@@ -318,12 +318,24 @@ class RecurrentCrossAttentionClustering(nn.Module):
         heads = x.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, n, d)
         return (heads.flatten(1, 2) @ weight).unflatten(1, x.shape[:2])
 
+    def e_step(self, centers, keys, bias, real):
+        """S and log M, (h, B, N, K): transposed, since over the last axis softmax is one pass."""
+        scale = self.log_scale.to(keys.dtype).exp().view(-1, 1, 1, 1)
+        queries = F.normalize(self.project(centers, self.q.to(keys.dtype)), dim=-1)  # (h, B, K, d)
+        S = keys @ (scale * queries).mT
+        S = S if bias is None else S + bias
+        log_M = S.log_softmax(-1)  # over K (Paper)
+        log_M = log_M if real is None else log_M.masked_fill(~real, -torch.inf)
+        if self.history is not None:
+            self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
+        return S, log_M
+
     def forward(self, centers, tokens, token_mask=None, bias=None):
         """Cluster the tokens.
 
         centers: C(0), (B, K, D).  tokens: (B, N, D), or a map (B, H, W, D).
         token_mask: bool (B, N) or (B, H, W), False for padding, which belongs to no cluster.
-        bias: added to S, broadcast to (h, B, N, K): the log of a prior; -inf for missing centers.
+        bias: added to S, broadcast to (h, B, N, K): the log of a prior, or center_bias; finite.
         Returns C(T), (B, K, D), and M(T), (B, h, K, N), which is zero for padding.
         """
         if self.training:
@@ -339,26 +351,16 @@ class RecurrentCrossAttentionClustering(nn.Module):
             self.history |= dict(size=size, tokens=tokens, values=values.transpose(0, 1))
             self.history |= dict(centers=[centers], assignments=[], weights=[])
         with torch.autocast(tokens.device.type, enabled=False):
-            centers, q = centers.to(dtype), self.q.to(dtype)
-            scale = self.log_scale.to(dtype).exp().view(-1, 1, 1, 1)
-            for t in range(self.iterations + 1):
-                # E-step.  S and M are transposed, (N, K): over the last axis, softmax is one pass.
-                queries = F.normalize(self.project(centers, q), dim=-1)  # (h, B, K, d)
-                S = keys @ (scale * queries).mT  # (h, B, N, K)
-                S = S if bias is None else S + bias
-                log_M = S.log_softmax(-1)  # over K (Paper)
-                log_M = log_M if real is None else log_M.masked_fill(~real, -torch.inf)
-                if self.history is not None:
-                    self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
-                if t == self.iterations:
-                    break
-                # M-step.
-                weights = (S + log_M).softmax(-2)  # over N: M exp(S), divided by its sum
+            centers = centers.to(dtype)
+            S, log_M = self.e_step(centers, keys, bias, real)
+            for _ in range(self.iterations):
+                weights = (S + log_M).softmax(-2)  # M-step, over N: M exp(S), divided by its sum
                 means = weights.mT @ values  # (h, B, K, d)
                 centers = centers + means.permute(1, 2, 0, 3).flatten(2)  # (B, K, D)
                 if self.history is not None:
                     self.history["centers"].append(centers)
                     self.history["weights"].append(weights.permute(1, 0, 3, 2))
+                S, log_M = self.e_step(centers, keys, bias, real)
         return centers.to(tokens.dtype), log_M.exp().permute(1, 0, 3, 2)
 
 

@@ -83,7 +83,7 @@ class Settings:
     patch_size: int = setting(4, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
     test_size: int = setting(None, "dense tasks on files: pixels of the short side in evaluation", 32)
-    epochs: int = setting(4, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
+    epochs: int = setting(6, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(32, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
@@ -106,7 +106,7 @@ class Settings:
 
 CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
-DENSE = replace(CLS, image_size=96, batch_size=16)
+DENSE = replace(CLS, image_size=96, batch_size=16, epochs=4)
 FILES = replace(CLS, variant="tiny", drop_path=None, ema=0.9999)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
 IMAGENET = replace(FILES, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
