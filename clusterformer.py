@@ -313,22 +313,20 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
-    def project(self, x, weight):
-        """x: (B, n, D).  weight: (h, d, d).  Returns (h, B, n, d)."""
-        heads = x.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, n, d)
-        return (heads.flatten(1, 2) @ weight).unflatten(1, x.shape[:2])
+    def split(self, x):
+        """(B, n, D) -> (h, B, n, d): head j has the channels j d .. j d + d - 1."""
+        return x.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3).contiguous()
 
-    def e_step(self, centers, keys, bias, real):
-        """S and log M, (h, B, N, K): transposed, since over the last axis softmax is one pass."""
+    def project(self, heads, weight):
+        """(h, B, n, d), (h, d, d) -> (h, B, n, d)."""
+        return (heads.flatten(1, 2) @ weight).unflatten(1, heads.shape[1:3])
+
+    def similarity(self, centers, keys, bias):
+        """S, (h, B, N, K): transposed, since over the last axis softmax is one pass."""
+        queries = self.project(self.split(centers), self.q.to(keys.dtype))  # (h, B, K, d)
         scale = self.log_scale.to(keys.dtype).exp().view(-1, 1, 1, 1)
-        queries = F.normalize(self.project(centers, self.q.to(keys.dtype)), dim=-1)  # (h, B, K, d)
-        S = keys @ (scale * queries).mT
-        S = S if bias is None else S + bias
-        log_M = S.log_softmax(-1)  # over K (Paper)
-        log_M = log_M if real is None else log_M.masked_fill(~real, -torch.inf)
-        if self.history is not None:
-            self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
-        return S, log_M
+        S = keys @ (scale * F.normalize(queries, dim=-1)).mT
+        return S if bias is None else S + bias
 
     def forward(self, centers, tokens, token_mask=None, bias=None):
         """Cluster the tokens.
@@ -342,7 +340,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
             with torch.no_grad():  # not in the graph: above the limit, its gradient would be zero
                 self.log_scale.clamp_(max=math.log(50.0))  # at 50, softmax is nearly an argmax
         size, tokens = tokens.shape[1:-1], tokens.flatten(1, -2)  # (B, N, D)
-        keys, values = self.project(tokens, self.k), self.project(tokens, self.v)  # (h, B, N, d)
+        heads = self.split(tokens)
+        keys, values = self.project(heads, self.k), self.project(heads, self.v)  # (h, B, N, d)
         # float32 also under autocast: softmax returns float32 anyway.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
@@ -352,16 +351,23 @@ class RecurrentCrossAttentionClustering(nn.Module):
             self.history |= dict(centers=[centers], assignments=[], weights=[])
         with torch.autocast(tokens.device.type, enabled=False):
             centers = centers.to(dtype)
-            S, log_M = self.e_step(centers, keys, bias, real)
+            S = self.similarity(centers, keys, bias)
             for _ in range(self.iterations):
+                log_M = S.log_softmax(-1)  # E-step, over K (Paper)
+                log_M = log_M if real is None else log_M.masked_fill(~real, -torch.inf)
                 weights = (S + log_M).softmax(-2)  # M-step, over N: M exp(S), divided by its sum
                 means = weights.mT @ values  # (h, B, K, d)
                 centers = centers + means.permute(1, 2, 0, 3).flatten(2)  # (B, K, D)
                 if self.history is not None:
-                    self.history["centers"].append(centers)
+                    self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
                     self.history["weights"].append(weights.permute(1, 0, 3, 2))
-                S, log_M = self.e_step(centers, keys, bias, real)
-        return centers.to(tokens.dtype), log_M.exp().permute(1, 0, 3, 2)
+                    self.history["centers"].append(centers)
+                S = self.similarity(centers, keys, bias)
+            M = S.softmax(-1)  # the last E-step
+            M = (M if real is None else M * real).permute(1, 0, 3, 2)
+        if self.history is not None:
+            self.history["assignments"].append(M)
+        return centers.to(tokens.dtype), M
 
 
 # --------------------------------------------------------------------------------------------------
