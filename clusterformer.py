@@ -38,7 +38,8 @@ This file.  The projections are written q, k and v here.
     dispatching       p_i'   = p_i + sum_k M_ki(T) MLP(C_k(T))
 
 The differences.  A dash means that what we read does not say.  Losses are validation losses on
-Imagenette after four epochs, 1.2 to 1.3; two seeds differ by 0.05 (.github/EXPERIMENTS.md).
+Imagenette after four epochs, 1.2 to 1.3 (.github/EXPERIMENTS.md).  Most are of one seed, and seeds
+differ by 0.05: they are hints.
 
     equation       the paper, as we read   here                      why
     -------------  ----------------------  ------------------------  -------------------------------
@@ -287,11 +288,12 @@ class RecurrentCrossAttentionClustering(nn.Module):
     chosen by none.)  All iterations share q, k and v, and keys and values are computed once: it is
     a recurrence, not a stack of T layers.
 
-    The M-step is ordinary attention from centers to tokens, whose logits S are biased by log M: a
-    token weighs much in a mean if it matches the center (S), and no other center as well (M).  Its
-    weights are M exp(S), divided by their sum.  With weights M alone, tokens that match no center
-    would be divided among all centers, and would blur their means.  A larger scale does not help:
-    the total assignment of such a token stays 1.  A bias added to S counts twice, in S and in M.
+    Ours: the M-step is ordinary attention from centers to tokens, whose logits S are biased by log M.  A
+    token weighs much in a mean if it matches the center (S), and no other center as well (M): its
+    weight is M exp(S), divided by the sum over the tokens.  With weights M alone, tokens that match
+    no center would be divided among all centers, and would blur their means.  A larger scale does
+    not help: the total assignment of such a token stays 1.  A bias added to S counts twice, in S
+    and in M.
 
     C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
     the norm, and everything that reads C(T) normalizes it first.
