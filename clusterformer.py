@@ -39,7 +39,8 @@ This file.  The projections are written q, k and v here.
 
 The differences.  A dash means that what we read does not say.  Losses are validation losses on
 Imagenette after four epochs, 1.2 to 1.3 (.github/EXPERIMENTS.md).  Most are of one seed, and seeds
-differ by 0.05: they are hints.
+differ by 0.05: they are hints.  At equal time the same blocks without clusters are ahead there, and
+it is not shown that T = 3 is better than T = 1.
 
     equation       the paper, as we read   here                      why
     -------------  ----------------------  ------------------------  -------------------------------
