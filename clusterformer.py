@@ -42,6 +42,10 @@ Imagenette after four epochs, 1.2 to 1.3 (.github/EXPERIMENTS.md).  Most are of 
 differ by 0.05: they are hints.  At equal time the same blocks without clusters are ahead there, and
 it is not shown that T = 3 is better than T = 1.
 
+Why a cosine, a mean and centers that keep their start: with a dot product, scores grow until every
+token belongs to one cluster, and gradients explode.  Divided by sqrt(d), they start so small that
+all centers become one point.  What we have not read of the paper may prevent both in other ways.
+
     equation       the paper, as we read   here                      why
     -------------  ----------------------  ------------------------  -------------------------------
     C(0): FFN      of the pooled mean      is added to the pooled    centers are the means of their
@@ -78,7 +82,7 @@ it is not shown that T = 3 is better than T = 1.
                                            convolutions              steps than with one 4 x 4 / 4
     downsampling   -                       3 x 3 / 2 convolution     patches overlap, as in the
                                                                      released code
-    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 26.6 M parameters; a
+    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 26.5 M parameters; a
                                            FFN D, MLPs 2 D           later paper lists 28 M for the
                                                                      paper's Tiny
 
