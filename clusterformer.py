@@ -44,7 +44,8 @@ it is not shown that T = 3 is better than T = 1.
 
 Why a cosine, a mean and centers that keep their start: with a dot product, scores grow until every
 token belongs to one cluster, and gradients explode.  Divided by sqrt(d), they start so small that
-all centers become one point.  What we have not read of the paper may prevent both in other ways.
+all means are nearly equal, and where means replace the centers, all centers are one point.  What we
+have not read of the paper may prevent both in other ways.
 
     equation       the paper, as we read   here                      why
     -------------  ----------------------  ------------------------  -------------------------------
@@ -771,7 +772,7 @@ def box_prior(boxes, layout):
     for right, down in QUADRANTS:
         quadrant = torch.stack([x + right * width, y + down * height, wide, high], -1)
         prior.append(-2 * box_distance(quadrant, layout).flatten(2).mT)  # -2: sigma is side / 4
-    # At least -20: otherwise all weights of a box that is far from every token would underflow.
+    # At least -20: for tokens far from all boxes, S decides, not which far box is a little nearer.
     return torch.stack(prior).clamp(min=-20)
 
 
@@ -1556,7 +1557,7 @@ def trace(model, images):
         "assignments"  M(0) .. M(T), each (B, h, K, N)
         "tokens"       (B, N, D), and "values" v(I), (B, h, N, d)
         "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1
-                       over N, or to 0 for an empty cluster
+                       over N
     """
     modules = model.named_modules()
     found = {name: x for name, x in modules if isinstance(x, RecurrentCrossAttentionClustering)}
