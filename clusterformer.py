@@ -79,10 +79,10 @@ have not read of the paper may prevent both in other ways.
                                            an MLP on tokens last     neighbors: loss - 0.08
     positions      -                       a linear map of (y, x)    centers can tell places apart
                                            is added to the tokens
-    stem           -                       two 3 x 3 / 2             edges are learned in fewer
+    stem           -                       4 x 4 / 2 and 2 x 2 / 2   edges are learned in fewer
                                            convolutions              steps than with one 4 x 4 / 4
-    downsampling   -                       3 x 3 / 2 convolution     patches overlap, as in the
-                                                                     released code
+    downsampling   -                       2 x 2 / 2 convolution     Swin's.  3 x 3 / 2 moves what a
+                                                                     token sees by half a token
     widths         those of Swin           Swin's.  Hidden widths:   Tiny has 26.5 M parameters; a
                                            FFN D, MLPs 2 D           later paper lists 28 M for the
                                                                      paper's Tiny
@@ -130,7 +130,7 @@ VARIANTS = {
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 4  # of saved weights: raised when older ones would not fit, or would mean something else
+VERSION = 5  # of saved weights: raised when older ones would not fit, or would mean something else
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
@@ -499,13 +499,13 @@ class Backbone(nn.Module):
     One image in Tiny; every block starts its own K centers, and forgets them:
 
         image      3 x 224 x 224
-          | stem: two 3 x 3 / 2 convolutions, + coordinates
+          | stem: 4 x 4 / 2 and 2 x 2 / 2 convolutions, + coordinates
         stage 1   96 x  56 x  56   stride  4   N = 3136   K = 5 x 5   2 blocks
-          | norm, 3 x 3 / 2 convolution
+          | norm, 2 x 2 / 2 convolution
         stage 2  192 x  28 x  28   stride  8   N =  784   K = 5 x 5   2 blocks
-          | norm, 3 x 3 / 2 convolution
+          | norm, 2 x 2 / 2 convolution
         stage 3  384 x  14 x  14   stride 16   N =  196   K = 5 x 5   6 blocks
-          | norm, 3 x 3 / 2 convolution
+          | norm, 2 x 2 / 2 convolution
         stage 4  768 x   7 x   7   stride 32   N =   49   K = 4 x 4   2 blocks
 
     Paper (Figure 2a): four stages; depths and widths of Swin.  Ours: the stem, and how positions
@@ -518,15 +518,19 @@ class Backbone(nn.Module):
         # Images are normalized here, so that whoever copies the file cannot forget it.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        # A token must see the patch that it stands for.  All strided convolutions read whole patches,
+        # or one pixel more on each side.  A 3 x 3 / 2 convolution that is padded by one pixel reads
+        # one more above, and none below: at stride 32, a token would see half a token up and left.
+        half = patch_size // 2
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], 3, stride=patch_size // 2, padding=1),
+            nn.Conv2d(3, channels[0], half + 2, stride=half, padding=1),
             nn.GELU(),
-            nn.Conv2d(channels[0], channels[0], 3, stride=2, padding=1),
+            nn.Conv2d(channels[0], channels[0], 2, stride=2),
         )
         # Ours: three quarters of the first-layer filters are zero-centered and scaled by 5, so that
         # they respond to contrast from the start.  Neighboring pixels are nearly equal, so random
         # filters mostly respond to brightness.
-        edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, 3, 3)
+        edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, 4, 4)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = nn.LayerNorm(channels[0])
@@ -536,7 +540,7 @@ class Backbone(nn.Module):
         for i, (depth, dim) in enumerate(zip(depths, channels)):
             if i > 0:
                 self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
-                self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 3, stride=2, padding=1))
+                self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
             heads = max(1, dim // HEAD_DIM)
             blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0)) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
@@ -551,8 +555,7 @@ class Backbone(nn.Module):
             x = x * image_mask(*x.shape[-2:], to_device(sizes, x.device))[:, None]
             sizes = -(-sizes // patch)
         x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch))  # to multiples of the patch
-        # No mask is needed between the two convolutions.  An image of n rows of tokens has 2 n rows
-        # there, and its last row of tokens reads rows 2 n - 3 .. 2 n - 1: none of the padding below.
+        # No mask is needed between the two convolutions: the second reads whole tokens.
         x = self.stem(x).permute(0, 2, 3, 1)  # (B, H, W, D)
         layout = make_layout(x.shape[1], x.shape[2], sizes, x.device)
         y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
@@ -565,7 +568,8 @@ class Backbone(nn.Module):
         for i, blocks in enumerate(self.stages):
             if i > 0:
                 x = mask_padding(self.downsample_norms[i - 1](x), layout)  # (B, H, W, C)
-                x = self.downsamples[i - 1](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # half of H, W
+                x = F.pad(x.permute(0, 3, 1, 2), (0, x.shape[2] % 2, 0, x.shape[1] % 2))  # to even sides
+                x = self.downsamples[i - 1](x).permute(0, 2, 3, 1)  # half of H, W
                 real = None if sizes is None else -(-sizes // self.strides[i])
                 layout = make_layout(x.shape[1], x.shape[2], real, x.device)
             for block in blocks:
