@@ -276,10 +276,15 @@ def load_image(path):
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
-def train_transform(size, randaugment, erasing):
-    """PIL RGB -> uint8 (3, size, size).  randaugment: magnitude, 0 to 30.  erasing: probability."""
+def train_transform(size, least, randaugment, erasing):
+    """PIL RGB -> uint8 (3, size, size).
+
+    least: area of the smallest crop, a part of the image's.  randaugment: magnitude, 0 to 30.
+    erasing: probability.
+    """
     bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
-    steps = [v2.RandomResizedCrop(size, interpolation=bicubic), v2.RandomHorizontalFlip()]
+    crop = v2.RandomResizedCrop(size, (least, 1.0), interpolation=bicubic)
+    steps = [crop, v2.RandomHorizontalFlip()]
     if randaugment:  # one operation on average, as in Swin's recipe
         operation = v2.RandAugment(1, randaugment, interpolation=bilinear, fill=MEAN_COLOR)
         steps += [v2.RandomApply([operation], 0.5)] * 2
@@ -387,14 +392,17 @@ class Rescale(v2.Transform):
         return functional.resize(value, params["size"])  # masks: nearest pixel; images: antialiased
 
 
-def dense_train_transform(task, size):
-    """Augmentation of an image and its target; training_sample then crops to `size`."""
-    if task != "sem":  # COCO's large-scale jitter, 0.1 to 2 times what fits into size x size
-        return v2.Compose([Rescale(size, size, 0.1, 2.0), v2.RandomHorizontalFlip()])
+def dense_train_transform(task, size, least):
+    """Augmentation of an image and its target; training_sample then crops to `size`.
+
+    least: the smallest of random sizes; the largest is 2.
+    """
+    if task != "sem":  # large-scale jitter, in units of what fits into size x size; COCO's is 0.1 to 2
+        return v2.Compose([Rescale(size, size, least, 2.0), v2.RandomHorizontalFlip()])
     # ADE20K's: a short side of 0.5 to 2 times `size`.  Colors come first, while the image is small.
     # RandomPhotometricDistort would also swap red and blue, which distinguish sand and sky.
     colors = v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
-    return v2.Compose([colors, Rescale(size, 4 * size, 0.5, 2.0), v2.RandomHorizontalFlip()])
+    return v2.Compose([colors, Rescale(size, 4 * size, least, 2.0), v2.RandomHorizontalFlip()])
 
 
 def dense_eval_transform(size, max_size):

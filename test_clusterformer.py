@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -349,7 +350,7 @@ def test_a_new_task_and_a_new_variant_are_one_entry_each(tmp_path, monkeypatch):
     assert [prediction["depth"].shape for prediction in model.predict(images)] == [(64, 96)] * 2
     assert len(cf.ClusterFormer("det", "base", 3)(images)["aux"]) == 2
     monkeypatch.setattr(sys, "argv", f"train.py --variant base --data D --out {tmp_path}".split())
-    assert train.parse_settings().drop_path == 0.4
+    assert train.complete(train.parse_flags(), 10_000).drop_path == 0.4
     assert "swin_t" in str(benchmark.peers("base"))
 
 
@@ -883,7 +884,7 @@ def test_images_of_every_kind_are_read_correctly(tmp_path, monkeypatch):
         assert image.shape == (40, 60, 3) and np.abs(image - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, path
     Image.fromarray(wide).save(tmp_path / "16bit.png")
     assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - wide / 257).max() <= 1
-    for transform in (data.train_transform(32, 9, 0), data.eval_transform(32)):
+    for transform in (data.train_transform(32, 0.08, 9, 0), data.eval_transform(32)):
         assert transform(Image.new("RGB", (1, 1))).shape == transform(Image.new("RGB", (9000, 30))).shape == (3, 32, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # more than twice as many may fill the memory
     assert "16bit.png: cannot be read" in refusal(lambda: data.load_image(tmp_path / "16bit.png"))
@@ -891,14 +892,14 @@ def test_images_of_every_kind_are_read_correctly(tmp_path, monkeypatch):
 
 def test_classification_images_are_augmented_as_in_swin_s_recipe():
     image, same = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), 0
-    plain, augmented = data.train_transform(32, 0, 0), data.train_transform(32, 27, 0)
+    plain, augmented = data.train_transform(32, 0.08, 0, 0), data.train_transform(32, 0.08, 27, 0)
     for seed in range(300):
         with data.seeded(seed):
             expected = plain(image)
         with data.seeded(seed):
             same += torch.equal(augmented(image), expected)
     assert 0.2 < same / 300 < 0.45  # a quarter gets neither of two operations; 1 of 14 is the identity
-    erased = data.train_transform(32, 0, 1.0)(Image.new("RGB", (40, 40), "white"))
+    erased = data.train_transform(32, 0.08, 0, 1.0)(Image.new("RGB", (40, 40), "white"))
     assert erased.flatten(1).unique(dim=1).T.tolist() == [[124, 116, 104], [255, 255, 255]]
 
 
@@ -907,7 +908,7 @@ def test_training_skips_a_broken_image_and_reports_it_once(folder, capfd, worker
     cut_in_half(folder / "train" / "cat" / "3.png")
     (folder / "train" / "cat" / "4.png").write_text("this is no image")
     (folder / "train" / "dog" / "7.png").write_bytes(b"")  # the last index: the first one comes next
-    images = data.Folder(folder, "train", data.train_transform(32, 27, 0.25), seed=1)
+    images = data.Folder(folder, "train", data.train_transform(32, 0.08, 27, 0.25), seed=1)
     whole = data.SkipBroken(images, workers)
     keys = [[(epoch, i) for i in range(16)] for epoch in (0, 1)]
     for epoch, (pixels, labels) in enumerate(DataLoader(whole, batch_sampler=keys, num_workers=workers)):
@@ -1096,7 +1097,7 @@ def test_label_maps_and_panoptic_maps_are_read_correctly(tmp_path, task):
 
 def test_augmentation_keeps_boxes_and_masks_on_their_objects(tmp_path):
     write_coco(tmp_path)
-    of = lambda task, crop: read(tmp_path, task, "train", data.dense_train_transform(task, 300), crop, seed=4)
+    of = lambda task, crop: read(tmp_path, task, "train", data.dense_train_transform(task, 300, 0.1), crop, seed=4)
     whole, only_boxes, cropped = of("inst", 2000), of("det", 2000), of("inst", 100)
     factors, counts, flipped = [], set(), 0
     for epoch in range(60):
@@ -1285,7 +1286,7 @@ def test_hidden_files_are_never_taken_for_images(tmp_path, folder):
             (folder / place / name).write_bytes(b"no image")
     shutil.copytree(folder / "val", folder / "valid", dirs_exist_ok=True)
     shutil.rmtree(folder / "val")
-    for split, count, transform in (("train", 16, data.train_transform(32, 0, 0)), ("val", 6, data.eval_transform(32))):
+    for split, count, transform in (("train", 16, data.train_transform(32, 0.08, 0, 0)), ("val", 6, data.eval_transform(32))):
         assert len(found := data.Folder(folder, split, transform)) == count and found.classes == ["cat", "dog"]
     assert list(map(len, read_both(tmp_path, "sem"))) == [4, 4]
 
@@ -1772,9 +1773,9 @@ def test_best_pt_is_of_the_best_evaluation(tmp_path, capsys, monkeypatch):
 
 
 def test_recipes_depend_on_task_and_data_and_flags_come_before_them(monkeypatch):
-    def parse(arguments):
+    def parse(arguments, count=10_000):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", "/nowhere", *arguments.split()])
-        return train.parse_settings()
+        return train.complete(train.parse_flags(), count)
 
     for arguments, epochs in {"": 1, "--data D": 1, "--task sem": 1, "--task sem --data D": 5}.items():
         assert parse(arguments).evaluate_every == epochs
@@ -1782,6 +1783,9 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(monkeypatch)
     assert (imagenet.batch_size, imagenet.epochs, imagenet.schedule) == (1024, 300, "cosine")
     assert half.lr == imagenet.lr / 2 and half.smoothing == 0 < imagenet.smoothing
     assert parse("--task inst --data D").schedule == "step" and parse("--lr 1 --batch-size 1").lr == 1
+    few = {count: parse("--task inst --data D", count) for count in (5, 136, 9_999)}
+    assert [(x.variant, x.batch_size, x.epochs) for x in few.values()] == [("nano", 4, 2600), ("nano", 8, 96), ("nano", 8, 12)]
+    assert parse("--task inst --data D --lr 1", 136).lr == 1 and parse("--task inst", 136).image_size == 96
 
 
 def test_learning_rates_warm_up_and_follow_their_schedules():
@@ -2058,8 +2062,10 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # a step may take longer than 30 s
     out = tmp_path / "run"
     write_scenes(tmp_path / "files", task, [(480, 640), (640, 480), (427, 640), (500, 375)])
-    files = ["--data", tmp_path / "files", "--batch-size", 2, "--epochs", 2, "--evaluate-every", 1, "--workers", 1]
-    run = start(2, "--task", task, *files, "--out", out)
+    recipe = asdict(dict(cls=train.IMAGENET, sem=train.ADE20K).get(task, train.COCO))  # few images take another one
+    recipe |= dict(task=task, data=tmp_path / "files", out=out, batch_size=2, epochs=2, evaluate_every=1, workers=1)
+    given = [(f"--{key.replace('_', '-')}", value) for key, value in recipe.items() if value not in (None, False)]
+    run = start(2, *itertools.chain(*given))
     try:
         wait_for(lambda: (out / "log.jsonl").exists() or run.poll() is not None, 3600)
         memory = [benchmark.resident_peak(pid) / 2**20 for pid, parent in members(out).items() if parent == run.pid]

@@ -3,8 +3,8 @@
 
     torchrun train.py --task cls                                          # built-in shapes, minutes on a CPU
     torchrun train.py --task det                                          # also inst, sem, pan
-    torchrun train.py --task cls --data DIR --out runs/mine               # own images, DIR/{train,val}/<class>/
-    torchrun train.py --task inst --data DIR --init CHECKPOINT            # own objects, in COCO's layout
+    torchrun --nproc_per_node=2 train.py --task cls --data DIR --out runs/mine         # own images: small data,
+    torchrun --nproc_per_node=2 train.py --task inst --data DIR --init runs/inst/last.pt --out runs/mine  # two cores
 
     torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR   # the full recipe on eight GPUs
     torchrun train.py --task cls --data IMAGENET_DIR --accumulate 8       # the same batch of 1024 on one GPU
@@ -13,7 +13,9 @@
     torchrun --nproc_per_node=8 train.py --task inst --data COCO_DIR --init CHECKPOINT
     torchrun --nproc_per_node=8 train.py --task sem --data ADE_DIR --init CHECKPOINT
 
-A setting that is not given comes from the recipe of the task and the data.  A run writes OUT/last.pt,
+A setting that is not given comes from the recipe of the task and the data: shapes, small data (fewer than
+10,000 training images), or the full scale of ImageNet, COCO and ADE20K.  Variant, patch size and T come from
+--init, if it is given.  A run writes OUT/last.pt,
 OUT/best.pt, OUT/metrics.json and OUT/log.jsonl, a line per epoch.  However it is stopped, --resume continues
 it from OUT/last.pt, and on a CPU it ends with the weights of a run that was never stopped.
 """
@@ -61,6 +63,8 @@ SCHEDULES = {
 TASK_HELP = "cls: images; det: boxes; inst: boxes and masks; sem: pixels; pan: things and stuff"
 DATA_HELP = "class folders (cls), COCO's layout or export (det, inst, pan), ADE20K's (sem) (default: shapes)"
 SCHEDULE_HELP = "after warm-up: cosine, poly (power 0.9), or step (0.1 from 90 %, 0.01 from 95 % of the steps)"
+TEST_HELP = "files: pixels per side (cls) or of the short side (dense tasks) in evaluation"
+SCALE_HELP = "files: smallest crop, a part of the image's area (cls), or smallest of random sizes (dense tasks)"
 AUGMENT_HELP = "cls: magnitude, 0 to 30, of two RandAugment operations, each for half of the images; 0: none"
 
 
@@ -80,10 +84,10 @@ class Settings:
     compile: bool = setting(False, "torch.compile the model: slow to start, then faster")
     variant: str = setting("nano", "size of the model", choices=VARIANTS)
     iterations: int = setting(3, "T, EM iterations of each clustering", 1)
-    patch_size: int = setting(4, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
+    patch_size: int = setting(2, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
-    test_size: int = setting(None, "dense tasks on files: pixels of the short side in evaluation", 32)
-    epochs: int = setting(6, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
+    test_size: int = setting(None, TEST_HELP, 32)
+    epochs: int = setting(5, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(32, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
@@ -96,6 +100,7 @@ class Settings:
     smoothing: float = setting(0.0, "cls: label smoothing", 0, 1)
     mixup: float = setting(0.0, "cls: alpha of mixup; 0: none", 0)
     cutmix: float = setting(0.0, "cls: alpha of cutmix; 0: none", 0)
+    min_scale: float = setting(0.08, SCALE_HELP, 0.01, 1)
     randaugment: int = setting(0, AUGMENT_HELP, 0, 31)
     erasing: float = setting(0.0, "cls: probability of erasing a rectangle", 0, 1)
 
@@ -106,23 +111,47 @@ class Settings:
 
 CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
-DENSE = replace(CLS, image_size=96, batch_size=16, epochs=4)
-FILES = replace(CLS, variant="tiny", drop_path=None, ema=0.9999)
+DENSE = replace(CLS, image_size=96, patch_size=4, batch_size=16, epochs=4)
+FULL = replace(CLS, variant="tiny", patch_size=4, drop_path=None, ema=0.9999)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
-IMAGENET = replace(FILES, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
+IMAGENET = replace(FULL, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
 IMAGENET = replace(IMAGENET, smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
-COCO = replace(FILES, image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
-COCO = replace(COCO, schedule="step", warmup_epochs=0.1, evaluate_every=5)
+COCO = replace(FULL, image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
+COCO = replace(COCO, schedule="step", warmup_epochs=0.1, evaluate_every=5, min_scale=0.1)
 ADE20K = replace(COCO, image_size=512, test_size=512, epochs=127, schedule="poly")  # 160,000 steps
-ADE20K = replace(ADE20K, warmup_epochs=1.0)
+ADE20K = replace(ADE20K, warmup_epochs=1.0, min_scale=0.5)
 RECIPES = {"dense tasks": DENSE, "ImageNet": IMAGENET, "COCO": COCO, "ADE20K": ADE20K}
+SMALL = 10_000  # training images; fewer take a recipe of their own
+SMALL_SHOWS = "variant", "patch_size", "image_size", "test_size", "min_scale", "batch_size", "epochs", "lr", "ema"
 
 
-def recipe_of(task, data):
-    """The recipe of a task on a folder, or on shapes if `data` is None."""
+def small_recipe(task, count, patch_size):
+    """The recipe for a folder with `count` < SMALL training images.  Ours.
+
+    50 epochs of 100 images would be 300 steps at COCO's batch size, and a model learns nothing in
+    them.  So the fewer images, the more epochs; and steps count more, by a higher rate and a
+    shorter average.  Nano and small images fit a CPU, and overfit less.
+    """
+    recipe = replace(CLS, patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3)
+    unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
     if task == "cls":
-        return CLS if data is None else IMAGENET
-    return DENSE if data is None else ADE20K if task == "sem" else COCO
+        epochs = min(300, max(30, 520_000 // count))
+        recipe = replace(recipe, image_size=4 * unit, test_size=5 * unit, batch_size=64, ema=0.999)
+        recipe = replace(recipe, smoothing=0.1, min_scale=0.2, randaugment=9)
+    else:
+        epochs = max(12, -(-13_000 // count))
+        recipe = replace(recipe, image_size=6 * unit, test_size=6 * unit, batch_size=8, min_scale=0.5)
+    batch_size = min(recipe.batch_size, 2 ** (count.bit_length() - 1))
+    return replace(recipe, batch_size=batch_size, epochs=epochs, warmup_epochs=epochs / 30)
+
+
+def recipe_of(task, data, count, patch_size=4):
+    """The recipe of a task on a folder with `count` training images, or on shapes if `data` is None."""
+    if data is None:
+        return CLS if task == "cls" else DENSE
+    if count < SMALL:
+        return small_recipe(task, count, patch_size)
+    return IMAGENET if task == "cls" else ADE20K if task == "sem" else COCO
 
 
 def make_parser():
@@ -163,8 +192,8 @@ def check_settings(settings):
             raise InputError(f"{flag} works with --task cls only; {settings.task} has its own augmentation")
 
 
-def parse_settings():
-    """Checked settings.  Flags override the resumed run's settings, and these override the recipe."""
+def parse_flags():
+    """Settings that are given, a dictionary: by flags, else by the run that is resumed."""
     flags = vars(make_parser().parse_args())
     flags.setdefault("out", os.path.join("runs", flags.get("task", "cls")))
     last, before = os.path.join(flags["out"], "last.pt"), {}
@@ -175,10 +204,19 @@ def parse_settings():
     task = before.get("task", flags.get("task", "cls"))
     if flags.setdefault("task", task) != task:
         raise InputError(f"{last} belongs to a run of --task {task}; --out DIR starts another elsewhere")
-    recipe = recipe_of(task, flags.get("data", before.get("data"))) if task in TASKS else CLS
     given = before | flags
+    check_settings(replace(CLS, **given))
+    return given
+
+
+def complete(given, count):
+    """Settings: those given, and the others from --init and from the recipe.  count: of training images."""
+    task, data = given["task"], given.get("data")
+    if given.get("init"):
+        theirs = load_checkpoint(given["init"])[1]["arguments"]
+        given = {name: theirs[name] for name in ("variant", "patch_size", "iterations")} | given
+    recipe = recipe_of(task, data, count, given.get("patch_size", 4))
     settings = replace(recipe, **given)
-    check_settings(settings)
     if "lr" not in given:
         settings.lr *= settings.batch_size / recipe.batch_size
     if settings.workers is None:
@@ -191,15 +229,25 @@ def parse_settings():
 # --------------------------------------------------------------------------------------------------
 # Data, model, optimizer
 # --------------------------------------------------------------------------------------------------
-def training_set(settings):
-    task, data, size, seed = settings.task, settings.data, settings.image_size, settings.seed
+def training_set(task, data, seed):
+    """The training images, which augment() makes ready for use."""
     if data is None:
-        return Shapes(6_500 if task == "cls" else 5_000, size, seed, "train", task)
+        return Shapes(6_500 if task == "cls" else 5_000, None, seed, "train", task)
     if task == "cls":
-        return Folder(data, "train", train_transform(size, settings.randaugment, settings.erasing), seed)
+        return Folder(data, "train", None, seed)
     if task == "sem":
-        return Ade(data, "train", dense_train_transform(task, size), size, seed)
-    return Coco(data, "train", task, dense_train_transform(task, size), size, seed)
+        return Ade(data, "train", None, seed=seed)
+    return Coco(data, "train", task, None, seed=seed)
+
+
+def augment(train, settings):
+    """Set the augmentation of a training set."""
+    size, least = settings.image_size, settings.min_scale
+    train.size = train.crop = size  # shapes are drawn in this size, dense tasks crop to it
+    if settings.task == "cls":
+        train.transform = train_transform(size, least, settings.randaugment, settings.erasing)
+    else:
+        train.transform = dense_train_transform(settings.task, size, least)
 
 
 def evaluation_batch_size(settings, world_size):
@@ -350,6 +398,10 @@ class Run:
             f"validation images from {settings.data or 'shapes'}; {self.steps} steps of {settings.batch_size} "
             f"images on {self.world_size} x {self.device.type}"
         )
+        if settings.data and len(train) < SMALL:
+            print(f"fewer than {SMALL:,} training images: the recipe for small data, more epochs of smaller images")
+            values = asdict(settings)
+            print(*(f"--{name.replace('_', '-')} {values[name]}" for name in SMALL_SHOWS))
         if checkpoint:
             print(f"resuming after step {self.step}")
             before, now = checkpoint["processes"], self.world_size
@@ -511,9 +563,11 @@ class Run:
 
 
 def main():
-    settings = parse_settings()
+    given = parse_flags()
     rank, world_size, device = start_processes()
-    train = training_set(settings)
+    train = training_set(given["task"], given.get("data"), given.get("seed", CLS.seed))
+    settings = complete(given, len(train))
+    augment(train, settings)
     size = settings.test_size or settings.image_size
     val = validation_set(settings.data, size, settings.task, train.classes)
     check(train, "training")

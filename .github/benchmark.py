@@ -164,7 +164,7 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=False, rou
 
 def loading_speed(data, image_size, images=300):
     """Images per second that one core reads from DIR/train/ and augments by the ImageNet recipe."""
-    dataset = Folder(data, "train", train_transform(image_size, randaugment=27, erasing=0.25))
+    dataset = Folder(data, "train", train_transform(image_size, 0.08, randaugment=27, erasing=0.25))
     torch.set_num_threads(1)  # as in a loader process
     start = time.process_time()  # seconds of CPU time, independent of other load
     for key in tqdm(range(images), "loading", leave=False, disable=None):
