@@ -399,16 +399,29 @@ def enlarge(values, size, panel, stride=1):
     return values.cpu()[rows[:, None], columns]
 
 
+def outline(panel, regions):
+    """Draw borders between regions, white on dark and black on bright colors."""
+    border = torch.zeros_like(regions, dtype=torch.bool)
+    border[1:] |= regions[1:] != regions[:-1]
+    border[:, 1:] |= regions[:, 1:] != regions[:, :-1]
+    contrast = torch.where(panel.float().mean(0) < 150, 255, 0).byte()
+    return torch.where(border, contrast, panel)
+
+
 def paint(panel, regions):
-    """Color regions, int64 (H, W), -1 for none.  White borders separate similar colors."""
+    """Color regions, int64 (H, W), -1 for none."""
     numbers = regions[regions >= 0].unique()
     if len(numbers):
         colors = [COLORS[number % len(COLORS)] for number in numbers.tolist()]
         panel = draw_segmentation_masks(panel, regions == numbers[:, None, None], 0.7, colors)
-    border = torch.zeros_like(regions, dtype=torch.bool)
-    border[1:] |= regions[1:] != regions[:-1]
-    border[:, 1:] |= regions[:, 1:] != regions[:, :-1]
-    return panel.masked_fill(border, 255)
+    return outline(panel, regions)
+
+
+def paint_means(panel, regions):
+    """Color regions, int64 (H, W), by the mean of their pixels, as superpixels are shown."""
+    count = regions.flatten().bincount().clamp(min=1)
+    total = torch.zeros(3, len(count)).index_add_(1, regions.flatten(), panel.flatten(1).float())
+    return outline((total / count).byte()[:, regions], regions)
 
 
 def write(panel, captions):
@@ -507,7 +520,7 @@ def cluster_panels(model, image):
     def clusters(assignment, block, stride):
         """Most likely cluster of each token, averaged over heads.  assignment: (h, K, N)."""
         regions = assignment.mean(0).argmax(0).view(block["size"])
-        return paint(panel, enlarge(regions, image.shape[1:], panel, stride))
+        return paint_means(panel, enlarge(regions, image.shape[1:], panel, stride))
 
     stages, iterations = [("image", panel)], []
     for i, stride in enumerate(model.backbone.strides):
@@ -515,7 +528,7 @@ def cluster_panels(model, image):
         steps = [M[0] for M in block["assignments"]]
         title = f"stage {i + 1}, stride {stride}: {steps[-1].shape[1]} clusters"
         stages.append((title, clusters(steps[-1], block, stride)))
-        if i == 1:
+        if i == 0:
             first = clusters(grid_assignment(*block["size"]), block, stride)
             iterations.append((f"stage {i + 1}: C(0), the grid", first))
             for t, M in enumerate(steps):
