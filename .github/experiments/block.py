@@ -57,7 +57,7 @@ class Options:
     similarity: str = "cosine"  # with a learned scale; "dot": q k; "scaled dot": q k / sqrt(d)
     full: bool = False  # q, k, v are D x D, not d x d in each head
     random: str = "qk"  # which of the projections q, k and v start at random; the others start as the identity
-    noise: float = 0.0  # of q and k that start as the identity: how much of a random start is added
+    near: tuple = (True, False, False, False)  # the identity is added to random q and k
     exp_s: bool = True  # the M-step weights are M exp(S); False: M
     mean: bool = True  # the M-step takes a weighted mean; False: a sum
     residual: bool = True  # and adds it to C; False: replaces C
@@ -70,13 +70,13 @@ class Options:
 
 
 OURS = Options()
-WIDE = replace(OURS, head_dim=64, last_e_step=False)
-HALF = replace(WIDE, random="", noise=1.0)  # q and k start as the identity plus random numbers
-FIRST = replace(HALF, grid=(10, 10, 10, 10), noise=0.0, interleave=True)  # the block before these experiments
+WIDE = replace(OURS, head_dim=64, last_e_step=False, near=(False,) * 4)
+HALF = replace(WIDE, near=(True,) * 4)
+FIRST = replace(WIDE, grid=(10, 10, 10, 10), random="", interleave=True)  # the block before these experiments
 LEAN = replace(FIRST, grid=(5, 5, 5, 5), interleave=False, exp_s=False)
 NEAR = replace(LEAN, head_dim=32, center_ffn="plain", similarity="scaled dot", last_e_step=True, dispatch="outside")
 NEAR = replace(NEAR, token_ratio=(0, 0, 0, 0))
-PAPER = replace(OURS, center_ffn="plain", similarity="dot", full=True, random="qkv", exp_s=False)
+PAPER = replace(OURS, center_ffn="plain", similarity="dot", full=True, random="qkv", near=(False,) * 4, exp_s=False)
 PAPER = replace(PAPER, mean=False, residual=False, dispatch="paper", grid=(10, 10, 10, 10))
 PAPER = replace(PAPER, depthwise=False, token_ratio=(0, 0, 0, 0))  # the block as we read it, and nothing else
 CHANGES = {
@@ -85,14 +85,16 @@ CHANGES = {
     "GRID 5, T 1": dict(grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
     "GRID 10": dict(grid=(10, 10, 10, 10)),
     "clusters in stages 3, 4": dict(clusters=(False, False, True, True)),
-    "identity": dict(random="", noise=0.0),
-    "identity, scale 3": dict(random="", noise=0.0, scale=3.0),
-    "random q, k": dict(random="qk", noise=0.0),
-    "random v": dict(random="v", noise=0.0),
-    "random q, k, v": dict(random="qkv", noise=0.0),
-    "random q, k, v, weights M, not interleaved": dict(random="qkv", noise=0.0, exp_s=False, interleave=False),
+    "near": dict(near=(True,) * 4),
+    "not near": dict(near=(False,) * 4),
+    "identity": dict(random=""),
+    "identity, scale 3": dict(random="", scale=3.0),
+    "random q, k": dict(random="qk"),
+    "random v": dict(random="v"),
+    "random q, k, v": dict(random="qkv"),
+    "random q, k, v, weights M, not interleaved": dict(random="qkv", exp_s=False, interleave=False),
     "scaled dot product": dict(similarity="scaled dot"),
-    "scaled dot product, random q, k": dict(similarity="scaled dot", random="qk", noise=0.0),
+    "scaled dot product, random q, k": dict(similarity="scaled dot", random="qk"),
     "weights M": dict(exp_s=False),
     "weights M, not interleaved": dict(exp_s=False, interleave=False),
     "not interleaved": dict(interleave=False),
@@ -148,10 +150,8 @@ class Block(nn.Module):
             shape = (1, dim) if options.full else (self.heads, dim // self.heads)
             identity = torch.eye(shape[1]).expand(*shape, -1)
             drawn = [torch.randn(*shape, shape[1]) * shape[1] ** -0.5 for _ in options.random]
+            drawn = [x + identity * (options.near[stage] and name != "v") for x, name in zip(drawn, options.random)]
             start = {name: identity.clone() for name in "qkv"} | dict(zip(options.random, drawn))
-            for name in "qk":
-                if options.noise:
-                    start[name] += options.noise * torch.randn(*shape, shape[1]) * shape[1] ** -0.5
             self.q, self.k, self.v = (nn.Parameter(start[name]) for name in "qkv")
             if options.similarity == "cosine":
                 self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(options.scale)))
