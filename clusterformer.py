@@ -85,7 +85,7 @@ have not read of the paper may prevent both in other ways.
                                            convolutions              steps than with one 4 x 4 / 4
     downsampling   -                       2 x 2 / 2 convolution     Swin's.  3 x 3 / 2 moves what a
                                                                      token sees by half a token
-    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 26.5 M parameters; a
+    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 24.5 M parameters; a
                                            FFN D, MLPs 2 D           later paper lists 28 M for the
                                                                      paper's Tiny
 
