@@ -233,6 +233,20 @@ def test_a_new_block_equals_its_convolution():
     torch.testing.assert_close(block(x, cf.make_layout(9, 6)), x + convolved.permute(0, 2, 3, 1))
 
 
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_a_token_sees_its_own_patch_and_a_pixel_on_each_side(patch_size):
+    """Without the blocks, which relate neighbors."""
+    backbone = cf.Backbone((1,) * 4, (8, 16, 32, 64), patch_size)
+    for (block,) in backbone.stages:
+        torch.nn.init.zeros_(block.depthwise.weight)
+    images = torch.rand(1, 3, 96, 96, requires_grad=True)
+    for x, stride in zip(backbone(images), backbone.strides):
+        (seen,) = torch.autograd.grad((x[0, :, 1, 1] * torch.randn(x.shape[1])).sum(), images, retain_graph=True)
+        rows, columns = seen.abs().sum((0, 1)).nonzero().unbind(1)
+        for at in rows, columns:
+            assert (at.min(), at.max()) == (stride - 1, 2 * stride)
+
+
 def test_stochastic_depth_drops_the_branch_of_an_image_in_training_only():
     block, x, branch = cf.ClusterBlock(8, 1, drop_path=0.5), torch.zeros(4000, 1, 1, 2), torch.ones(4000, 1, 1, 2)
     added = block.train().add(x, branch)
@@ -1581,6 +1595,16 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, monkeypatch, capsys
         assert all(mask.shape == (50, 90) for mask in masks) and (task != "sem" or (sum(masks) == 1).all())
 
 
+def test_clusters_are_painted_in_the_mean_colors_of_their_pixels():
+    panel, regions = torch.randint(0, 256, (3, 9, 10), dtype=torch.uint8), torch.zeros(9, 10, dtype=torch.int64)
+    regions[:, 4:] = 7
+    painted = evaluation.paint_means(panel, regions)
+    for part in (np.s_[:, :, :4], np.s_[:, :, 5:]):  # column 4 is the border
+        mean = panel[:, :, :4] if part[2].stop == 4 else panel[:, :, 4:]
+        assert (painted[part] == mean.float().mean((1, 2)).byte()[:, None, None]).all()
+    assert set(painted[:, :, 4].unique().tolist()) <= {0, 255}
+
+
 def test_without_paths_held_out_images_are_drawn(tmp_path, capsys, checkpoint):
     call(evaluation, capsys, "--checkpoint", checkpoint, "--explain", "--out", tmp_path)
     names = sorted(os.listdir(tmp_path))
@@ -1772,7 +1796,7 @@ def test_best_pt_is_of_the_best_evaluation(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "metrics.json").read_text())["top1"] == 0.25
 
 
-def test_recipes_depend_on_task_and_data_and_flags_come_before_them(monkeypatch):
+def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, monkeypatch):
     def parse(arguments, count=10_000):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", "/nowhere", *arguments.split()])
         return train.complete(train.parse_flags(), count)
@@ -1785,6 +1809,10 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(monkeypatch)
     assert parse("--task inst --data D").schedule == "step" and parse("--lr 1 --batch-size 1").lr == 1
     few = {count: parse("--task inst --data D", count) for count in (5, 136, 9_999)}
     assert [(x.variant, x.batch_size, x.epochs) for x in few.values()] == [("nano", 4, 2600), ("nano", 8, 96), ("nano", 8, 12)]
+    torch.save(state_of(cf.ClusterFormer("cls", "nano", 8, patch_size=2, iterations=1), list(data.THINGS)), tmp_path / "a.pt")
+    for flags, expected in {"": ("nano", 2, 1, 128), "--patch-size 4 --iterations 2": ("nano", 4, 2, 256)}.items():
+        found = parse(f"--task det --data D --init {tmp_path / 'a.pt'} {flags}", 136)
+        assert (found.variant, found.patch_size, found.iterations, found.image_size) == expected
     assert parse("--task inst --data D --lr 1", 136).lr == 1 and parse("--task inst", 136).image_size == 96
 
 
