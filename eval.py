@@ -400,12 +400,12 @@ def enlarge(values, size, panel, stride=1):
 
 
 def outline(panel, regions):
-    """Draw borders between regions, white on dark and black on bright colors."""
+    """Draw thin borders between regions, lighter on dark and darker on bright colors."""
     border = torch.zeros_like(regions, dtype=torch.bool)
     border[1:] |= regions[1:] != regions[:-1]
     border[:, 1:] |= regions[:, 1:] != regions[:, :-1]
-    contrast = torch.where(panel.float().mean(0) < 150, 255, 0).byte()
-    return torch.where(border, contrast, panel)
+    contrast = torch.where(panel.float().mean(0) < 150, 255.0, 0.0)
+    return torch.where(border, (panel + contrast) / 2, panel).byte()
 
 
 def paint(panel, regions):
