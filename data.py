@@ -392,17 +392,19 @@ class Rescale(v2.Transform):
         return functional.resize(value, params["size"])  # masks: nearest pixel; images: antialiased
 
 
-def dense_train_transform(task, size, least):
+def dense_train_transform(task, size, least, color):
     """Augmentation of an image and its target; training_sample then crops to `size`.
 
-    least: the smallest of random sizes; the largest is 2.
+    least: smallest of the random factors by which images are resized; the largest is 2.
+    color: strength of random brightness, contrast, saturation and hue; 1 is usual for ADE20K.
     """
-    if task != "sem":  # large-scale jitter, in units of what fits into size x size; COCO's is 0.1 to 2
-        return v2.Compose([Rescale(size, size, least, 2.0), v2.RandomHorizontalFlip()])
-    # ADE20K's: a short side of 0.5 to 2 times `size`.  Colors come first, while the image is small.
-    # RandomPhotometricDistort would also swap red and blue, which distinguish sand and sky.
-    colors = v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05)
-    return v2.Compose([colors, Rescale(size, 4 * size, least, 2.0), v2.RandomHorizontalFlip()])
+    # Colors come first, while the image is small.  RandomPhotometricDistort would also swap red and
+    # blue, which distinguish sand and sky.
+    steps = [v2.ColorJitter(0.125 * color, 0.5 * color, 0.5 * color, 0.05 * color)] if color else []
+    # The unit is what fits into size x size, as in COCO's large-scale jitter.  For sem it is a short
+    # side of `size`, as for ADE20K.
+    steps += [Rescale(size, 4 * size if task == "sem" else size, least, 2.0), v2.RandomHorizontalFlip()]
+    return v2.Compose(steps)
 
 
 def dense_eval_transform(size, max_size):

@@ -1111,7 +1111,7 @@ def test_label_maps_and_panoptic_maps_are_read_correctly(tmp_path, task):
 
 def test_augmentation_keeps_boxes_and_masks_on_their_objects(tmp_path):
     write_coco(tmp_path)
-    of = lambda task, crop: read(tmp_path, task, "train", data.dense_train_transform(task, 300, 0.1), crop, seed=4)
+    of = lambda task, crop: read(tmp_path, task, "train", data.dense_train_transform(task, 300, 0.1, 0), crop, seed=4)
     whole, only_boxes, cropped = of("inst", 2000), of("det", 2000), of("inst", 100)
     factors, counts, flipped = [], set(), 0
     for epoch in range(60):

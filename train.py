@@ -3,8 +3,10 @@
 
     torchrun train.py --task cls                                          # built-in shapes, minutes on a CPU
     torchrun train.py --task det                                          # also inst, sem, pan
-    torchrun --nproc_per_node=2 train.py --task cls --data DIR --out runs/mine         # own images: small data,
-    torchrun --nproc_per_node=2 train.py --task inst --data DIR --init runs/inst/last.pt --out runs/mine  # two cores
+
+    On two CPU cores, own images, DIR/{train,val}/<class>/, and own objects, in COCO's layout:
+    torchrun --nproc_per_node=2 train.py --task cls --data DIR --out runs/mine
+    torchrun --nproc_per_node=2 train.py --task inst --data DIR --init runs/inst/last.pt --out runs/mine
 
     torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR   # the full recipe on eight GPUs
     torchrun train.py --task cls --data IMAGENET_DIR --accumulate 8       # the same batch of 1024 on one GPU
@@ -13,11 +15,11 @@
     torchrun --nproc_per_node=8 train.py --task inst --data COCO_DIR --init CHECKPOINT
     torchrun --nproc_per_node=8 train.py --task sem --data ADE_DIR --init CHECKPOINT
 
-A setting that is not given comes from the recipe of the task and the data: shapes, small data (fewer than
-10,000 training images), or the full scale of ImageNet, COCO and ADE20K.  Variant, patch size and T come from
---init, if it is given.  A run writes OUT/last.pt,
-OUT/best.pt, OUT/metrics.json and OUT/log.jsonl, a line per epoch.  However it is stopped, --resume continues
-it from OUT/last.pt, and on a CPU it ends with the weights of a run that was never stopped.
+A setting that is not given comes from the recipe of the task and the data: shapes; small data, fewer than
+10,000 training images; or the full scale of ImageNet, COCO and ADE20K.  If --init is given, variant, patch
+size and T come from there.  A run writes OUT/last.pt, OUT/best.pt, OUT/metrics.json and OUT/log.jsonl, a line
+per epoch.  However it is stopped, --resume continues it from OUT/last.pt, and on a CPU it ends with the weights
+of a run that was never stopped.
 """
 
 import argparse
@@ -65,6 +67,7 @@ DATA_HELP = "class folders (cls), COCO's layout or export (det, inst, pan), ADE2
 SCHEDULE_HELP = "after warm-up: cosine, poly (power 0.9), or step (0.1 from 90 %, 0.01 from 95 % of the steps)"
 TEST_HELP = "files: pixels per side (cls) or of the short side (dense tasks) in evaluation"
 SCALE_HELP = "files: smallest crop, a part of the image's area (cls), or smallest of random sizes (dense tasks)"
+COLOR_HELP = "files, dense tasks: strength of random brightness, contrast, saturation and hue; 1 is usual"
 AUGMENT_HELP = "cls: magnitude, 0 to 30, of two RandAugment operations, each for half of the images; 0: none"
 
 
@@ -101,6 +104,7 @@ class Settings:
     mixup: float = setting(0.0, "cls: alpha of mixup; 0: none", 0)
     cutmix: float = setting(0.0, "cls: alpha of cutmix; 0: none", 0)
     min_scale: float = setting(0.08, SCALE_HELP, 0.01, 1)
+    color: float = setting(0.0, COLOR_HELP, 0, 2.0)
     randaugment: int = setting(0, AUGMENT_HELP, 0, 31)
     erasing: float = setting(0.0, "cls: probability of erasing a rectangle", 0, 1)
 
@@ -119,7 +123,7 @@ IMAGENET = replace(IMAGENET, smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=2
 COCO = replace(FULL, image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
 COCO = replace(COCO, schedule="step", warmup_epochs=0.1, evaluate_every=5, min_scale=0.1)
 ADE20K = replace(COCO, image_size=512, test_size=512, epochs=127, schedule="poly")  # 160,000 steps
-ADE20K = replace(ADE20K, warmup_epochs=1.0, min_scale=0.5)
+ADE20K = replace(ADE20K, warmup_epochs=1.0, min_scale=0.5, color=1.0)
 RECIPES = {"dense tasks": DENSE, "ImageNet": IMAGENET, "COCO": COCO, "ADE20K": ADE20K}
 SMALL = 10_000  # training images; fewer take a recipe of their own
 SMALL_SHOWS = "variant", "patch_size", "image_size", "test_size", "min_scale", "batch_size", "epochs", "lr", "ema"
@@ -140,7 +144,7 @@ def small_recipe(task, count, patch_size):
         recipe = replace(recipe, smoothing=0.1, min_scale=0.2, randaugment=9)
     else:
         epochs = max(12, -(-13_000 // count))
-        recipe = replace(recipe, image_size=8 * unit, test_size=8 * unit, batch_size=8, min_scale=0.5)
+        recipe = replace(recipe, image_size=8 * unit, test_size=8 * unit, batch_size=8, min_scale=0.5, color=1.0)
     batch_size = min(recipe.batch_size, 2 ** (count.bit_length() - 1))
     return replace(recipe, batch_size=batch_size, epochs=epochs, warmup_epochs=epochs / 30)
 
@@ -247,7 +251,7 @@ def augment(train, settings):
     if settings.task == "cls":
         train.transform = train_transform(size, least, settings.randaugment, settings.erasing)
     else:
-        train.transform = dense_train_transform(settings.task, size, least)
+        train.transform = dense_train_transform(settings.task, size, least, settings.color)
 
 
 def evaluation_batch_size(settings, world_size):
@@ -399,7 +403,7 @@ class Run:
             f"images on {self.world_size} x {self.device.type}"
         )
         if settings.data and len(train) < SMALL:
-            print(f"fewer than {SMALL:,} training images: the recipe for small data, more epochs of smaller images")
+            print(f"fewer than {SMALL:,} images: recipe for small data, small images and enough steps to learn from them")
             values = asdict(settings)
             print(*(f"--{name.replace('_', '-')} {values[name]}" for name in SMALL_SHOWS))
         if checkpoint:
