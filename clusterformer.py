@@ -60,8 +60,8 @@ have not read of the paper may prevent both in other ways.
                                            at most 50                by sqrt(d), loss + 0.05
     q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
     size                                                             clear gain
-    q, k: start    -                       random; in stage 1 plus   clusters of stage 1 then follow
-                                           the identity              things; elsewhere it costs 0.04
+    q, k: start    -                       random; in stage 1 plus   its clusters then follow what is
+                                           the identity              in the image, at loss + 0.05
     v: start       -                       the identity              C adds up tokens of its own
                                                                      space
     M-step:        M, and a sum            M exp(S), and a mean:     exp(S) takes weight from tokens
