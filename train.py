@@ -216,9 +216,10 @@ def parse_flags():
 def complete(given, count):
     """Settings: those given, and the others from --init and from the recipe.  count: of training images."""
     task, data = given["task"], given.get("data")
-    if given.get("init"):
+    unknown = {"variant", "patch_size", "iterations"} - given.keys()  # none, if a run is resumed
+    if given.get("init") and unknown:
         theirs = load_checkpoint(given["init"])[1]["arguments"]
-        given = {name: theirs[name] for name in ("variant", "patch_size", "iterations")} | given
+        given = {name: theirs[name] for name in unknown} | given
     recipe = recipe_of(task, data, count, given.get("patch_size", 4))
     settings = replace(recipe, **given)
     if "lr" not in given:
