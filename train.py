@@ -404,7 +404,7 @@ class Run:
             f"images on {self.world_size} x {self.device.type}"
         )
         if settings.data and len(train) < SMALL:
-            print(f"fewer than {SMALL:,} images: recipe for small data, small images and enough steps to learn from them")
+            print(f"fewer than {SMALL:,} images: recipe for small data, which makes enough steps of small images")
             values = asdict(settings)
             print(*(f"--{name.replace('_', '-')} {values[name]}" for name in SMALL_SHOWS))
         if checkpoint:
