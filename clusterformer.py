@@ -61,7 +61,7 @@ have not read of the paper may prevent both in other ways.
     q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
     size                                                             clear gain
     q, k: start    -                       random; in stage 1 plus   its clusters then follow what is
-                                           the identity              in the image, at loss + 0.05
+                                           the identity              in the image, at loss + 0.07
     v: start       -                       the identity              C adds up tokens of its own
                                                                      space
     M-step:        M, and a sum            M exp(S), and a mean:     exp(S) takes weight from tokens
@@ -512,8 +512,8 @@ class Backbone(nn.Module):
           | norm, 2 x 2 / 2 convolution
         stage 4  768 x   7 x   7   stride 32   N =   49   K = 4 x 4   2 blocks
 
-    Paper (Figure 2a): four stages; depths and widths of Swin.  Ours: the stem, and how positions
-    enter.  What we read of the paper describes neither.
+    Paper (Figure 2a): four stages; depths and widths of Swin.  Swin (2021): 2 x 2 / 2 downsampling.
+    Ours: the stem, and how positions enter.  What we read of the paper describes none of the three.
     """
 
     def __init__(self, depths, channels, patch_size=4, iterations=3, drop_path=0.0):
@@ -534,7 +534,7 @@ class Backbone(nn.Module):
         # Ours: three quarters of the first-layer filters are zero-centered and scaled by 5, so that
         # they respond to contrast from the start.  Neighboring pixels are nearly equal, so random
         # filters mostly respond to brightness.
-        edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, 4, 4)
+        edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, k, k)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = nn.LayerNorm(channels[0])
@@ -546,6 +546,7 @@ class Backbone(nn.Module):
                 self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
                 self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
             heads = max(1, dim // HEAD_DIM)
+            # near in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
             blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0), near=i == 0) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
 
@@ -572,7 +573,7 @@ class Backbone(nn.Module):
         for i, blocks in enumerate(self.stages):
             if i > 0:
                 x = mask_padding(self.downsample_norms[i - 1](x), layout)  # (B, H, W, C)
-                x = F.pad(x.permute(0, 3, 1, 2), (0, x.shape[2] % 2, 0, x.shape[1] % 2))  # to even sides
+                x = F.pad(x.permute(0, 3, 1, 2), (0, x.shape[2] % 2, 0, x.shape[1] % 2))  # (B, C, H, W), even
                 x = self.downsamples[i - 1](x).permute(0, 2, 3, 1)  # half of H, W
                 real = None if sizes is None else -(-sizes // self.strides[i])
                 layout = make_layout(x.shape[1], x.shape[2], real, x.device)

@@ -126,7 +126,6 @@ ADE20K = replace(COCO, image_size=512, test_size=512, epochs=127, schedule="poly
 ADE20K = replace(ADE20K, warmup_epochs=1.0, min_scale=0.5, color=1.0)
 RECIPES = {"dense tasks": DENSE, "ImageNet": IMAGENET, "COCO": COCO, "ADE20K": ADE20K}
 SMALL = 10_000  # training images; fewer take a recipe of their own
-SMALL_SHOWS = "variant", "patch_size", "image_size", "test_size", "min_scale", "batch_size", "epochs", "lr", "ema"
 
 
 def small_recipe(task, count, patch_size):
@@ -404,9 +403,12 @@ class Run:
             f"images on {self.world_size} x {self.device.type}"
         )
         if settings.data and len(train) < SMALL:
-            print(f"fewer than {SMALL:,} images: recipe for small data, which makes enough steps of small images")
-            values = asdict(settings)
-            print(*(f"--{name.replace('_', '-')} {values[name]}" for name in SMALL_SHOWS))
+            why = "enough steps, of images that a CPU can carry; it differs from the full recipe in"
+            print(f"fewer than {SMALL:,} images: recipe for small data, {why}")
+            small = recipe_of(settings.task, settings.data, len(train), settings.patch_size)
+            full, values = asdict(recipe_of(settings.task, settings.data, SMALL)), asdict(settings)
+            changed = [name for name, value in asdict(small).items() if value != full[name]]
+            print(*(f"--{name.replace('_', '-')} {values[name]}" for name in changed))
         if checkpoint:
             print(f"resuming after step {self.step}")
             before, now = checkpoint["processes"], self.world_size
