@@ -60,8 +60,8 @@ have not read of the paper may prevent both in other ways.
                                            at most 50                by sqrt(d), loss + 0.05
     q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
     size                                                             clear gain
-    q, k: start    -                       random; in stage 1 plus   its clusters then follow what is
-                                           the identity              in the image, at loss + 0.07
+    q, k: start    -                       random; in stage 1 the    its clusters then follow what is
+                                           identity                  in the image, at loss + 0.07
     v: start       -                       the identity              C adds up tokens of its own
                                                                      space
     M-step:        M, and a sum            M exp(S), and a mean:     exp(S) takes weight from tokens
@@ -81,8 +81,8 @@ have not read of the paper may prevent both in other ways.
                                            an MLP on tokens last     neighbors: loss - 0.08
     positions      -                       a linear map of (y, x)    centers can tell places apart
                                            is added to the tokens
-    stem           -                       4 x 4 / 2 and 2 x 2 / 2   edges are learned in fewer
-                                           convolutions              steps than with one 4 x 4 / 4
+    stem           -                       4 x 4 / 2 to D / 2        edges are learned in fewer
+                                           channels, 2 x 2 / 2 to D  steps than with one 4 x 4 / 4
     downsampling   -                       2 x 2 / 2 convolution     Swin's.  3 x 3 / 2 moves what a
                                                                      token sees by half a token
     widths         those of Swin           Swin's.  Hidden widths:   Tiny has 24.5 M parameters; a
@@ -128,11 +128,11 @@ from torch import nn
 # drop_path: what train.py sets at full scale; ClusterFormer itself starts without it.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
-    "nano": dict(depths=(2, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
+    "nano": dict(depths=(1, 1, 3, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 5  # of saved weights: raised when older ones would not fit, or would mean something else
+VERSION = 6  # of saved weights: raised when older ones would not fit, or would mean something else
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
@@ -311,16 +311,16 @@ class RecurrentCrossAttentionClustering(nn.Module):
     (B, h, ...), matmul would copy the projections for every image.
     """
 
-    def __init__(self, dim, num_heads, iterations=3, scale=10.0, near=False):
+    def __init__(self, dim, num_heads, iterations=3, scale=10.0, alike=False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads, self.iterations = num_heads, iterations
         d = dim // num_heads
-        # near: the identity is added, and so tokens first go to centers that look like them.
-        random = lambda: torch.randn(num_heads, d, d) * d**-0.5 + near * torch.eye(d)
-        self.q, self.k = nn.Parameter(random()), nn.Parameter(random())
-        self.v = nn.Parameter(torch.eye(d).repeat(num_heads, 1, 1))  # (h, d, d), like q and k
+        identity = lambda: torch.eye(d).repeat(num_heads, 1, 1)  # (h, d, d)
+        # alike: S is the cosine of center and token itself, so tokens go to centers that look like them.
+        start = identity if alike else lambda: torch.randn(num_heads, d, d) * d**-0.5
+        self.q, self.k, self.v = nn.Parameter(start()), nn.Parameter(start()), nn.Parameter(identity())
         # With scale 10, a query that equals a key gets e^10 times what an orthogonal one gets.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
@@ -432,12 +432,12 @@ class ClusterBlock(nn.Module):
     Before training, a block computes x + DepthwiseConv(x).
     """
 
-    def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, near=False):
+    def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.initial = InitialCenters(dim)
-        self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations, near=near)
+        self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations, alike=alike)
         self.dispatch = FeatureDispatching(dim, num_heads)
         self.mlp = prenorm_mlp(dim, TOKEN_RATIO)
         self.drop_path = drop_path
@@ -527,14 +527,14 @@ class Backbone(nn.Module):
         # one more above, and none below: at stride 32, a token would see half a token up and left.
         half = patch_size // 2
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], half + 2, stride=half, padding=1),
+            nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
             nn.GELU(),
-            nn.Conv2d(channels[0], channels[0], 2, stride=2),
+            nn.Conv2d(channels[0] // 2, channels[0], 2, stride=2),
         )
         # Ours: three quarters of the first-layer filters are zero-centered and scaled by 5, so that
         # they respond to contrast from the start.  Neighboring pixels are nearly equal, so random
         # filters mostly respond to brightness.
-        edges = self.stem[0].weight.data[channels[0] // 4 :]  # a view: (3/4 of the filters, 3, k, k)
+        edges = self.stem[0].weight.data[channels[0] // 8 :]  # a view: (3/4 of the filters, 3, k, k)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = nn.LayerNorm(channels[0])
@@ -546,8 +546,8 @@ class Backbone(nn.Module):
                 self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
                 self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
             heads = max(1, dim // HEAD_DIM)
-            # near in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
-            blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0), near=i == 0) for _ in range(depth)]
+            # alike in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
+            blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0), alike=i == 0) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
 
     def embed(self, images, sizes):
@@ -560,6 +560,8 @@ class Backbone(nn.Module):
             x = x * image_mask(*x.shape[-2:], to_device(sizes, x.device))[:, None]
             sizes = -(-sizes // patch)
         x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch))  # to multiples of the patch
+        # Channels last, as the blocks need them: otherwise the convolutions of the stem copy large maps.
+        x = x.contiguous(memory_format=torch.channels_last)
         # No mask is needed between the two convolutions: the second reads whole tokens.
         x = self.stem(x).permute(0, 2, 3, 1)  # (B, H, W, D)
         layout = make_layout(x.shape[1], x.shape[2], sizes, x.device)

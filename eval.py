@@ -562,13 +562,20 @@ def explain(model, image, weights):
     return value.item(), bias.item(), contributions.unflatten(1, size)
 
 
+def logit_weights(chosen, count):
+    """Weights (count,) of a class's logit less the mean of all, or of the difference of two classes.
+
+    Softmax ignores what is added to all logits, so tokens that speak for all classes are no evidence.
+    """
+    own, *other = torch.eye(count)[chosen]
+    return own - (other[0] if other else 1 / count)
+
+
 def explanation_panels(model, image, names, chosen):
     """Pictures of explain().  chosen: one or two class indices; empty: the most likely class."""
     with torch.no_grad():
         chosen = chosen or [model([image])["logits"][0].argmax().item()]
-    weights = torch.zeros(len(names), device=image.device)
-    for number, sign in zip(chosen, (1, -1)):
-        weights[number] = sign
+    weights = logit_weights(chosen, len(names)).to(image.device)
     value, bias, maps = explain(model, image, weights)
     maps, panel, stride = maps.cpu(), panel_of(image, 320), model.backbone.strides[-1]
     gray, ends = panel.float().mean(0), torch.tensor([ORANGE, BLUE]).float()
@@ -580,7 +587,8 @@ def explanation_panels(model, image, names, chosen):
         return gray.expand_as(hue).lerp(hue, 0.8 * values.abs()).byte()
 
     total, of_center = maps.sum(0), maps.sum((1, 2))
-    title = f"{' - '.join(names[number] for number in chosen)}: {value:.3f} = bias {bias:+.3f}\n"
+    other = names[chosen[1]] if len(chosen) > 1 else "mean"
+    title = f"{names[chosen[0]]} - {other}: {value:.3f} = bias {bias:+.3f}\n"
     title += f"orange {total.clamp(min=0).sum():+.3f}, blue {total.clamp(max=0).sum():+.3f}"
     strongest = of_center.abs().argsort(descending=True)[:5].tolist()
     centers = [(f"center {k}: {of_center[k]:+.3f}", heat(maps[k])) for k in strongest]

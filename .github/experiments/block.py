@@ -57,7 +57,8 @@ class Options:
     similarity: str = "cosine"  # with a learned scale; "dot": q k; "scaled dot": q k / sqrt(d)
     full: bool = False  # q, k, v are D x D, not d x d in each head
     random: str = "qk"  # which of the projections q, k and v start at random; the others start as the identity
-    near: tuple = (True, False, False, False)  # the identity is added to random q and k
+    alike: tuple = (True, False, False, False)  # q and k start as the identity in any case
+    near: tuple = (False, False, False, False)  # the identity is added to random q and k
     exp_s: bool = True  # the M-step weights are M exp(S); False: M
     mean: bool = True  # the M-step takes a weighted mean; False: a sum
     residual: bool = True  # and adds it to C; False: replaces C
@@ -70,13 +71,13 @@ class Options:
 
 
 OURS = Options()
-WIDE = replace(OURS, head_dim=64, last_e_step=False, near=(False,) * 4)
+WIDE = replace(OURS, head_dim=64, last_e_step=False, alike=(False,) * 4)
 HALF = replace(WIDE, near=(True,) * 4)
 FIRST = replace(WIDE, grid=(10, 10, 10, 10), random="", interleave=True)  # the block before these experiments
 LEAN = replace(FIRST, grid=(5, 5, 5, 5), interleave=False, exp_s=False)
 NEAR = replace(LEAN, head_dim=32, center_ffn="plain", similarity="scaled dot", last_e_step=True, dispatch="outside")
 NEAR = replace(NEAR, token_ratio=(0, 0, 0, 0))
-PAPER = replace(OURS, center_ffn="plain", similarity="dot", full=True, random="qkv", near=(False,) * 4, exp_s=False)
+PAPER = replace(OURS, center_ffn="plain", similarity="dot", full=True, random="qkv", alike=(False,) * 4, exp_s=False)
 PAPER = replace(PAPER, mean=False, residual=False, dispatch="paper", grid=(10, 10, 10, 10))
 PAPER = replace(PAPER, depthwise=False, token_ratio=(0, 0, 0, 0))  # the block as we read it, and nothing else
 CHANGES = {
@@ -85,8 +86,9 @@ CHANGES = {
     "GRID 5, T 1": dict(grid=(5, 5, 5, 5), iterations=(1, 1, 1, 1)),
     "GRID 10": dict(grid=(10, 10, 10, 10)),
     "clusters in stages 3, 4": dict(clusters=(False, False, True, True)),
-    "near": dict(near=(True,) * 4),
-    "not near": dict(near=(False,) * 4),
+    "near": dict(near=(True,) * 4, alike=(False,) * 4),
+    "near in stage 1": dict(near=(True, False, False, False), alike=(False,) * 4),
+    "not alike": dict(alike=(False,) * 4),
     "identity": dict(random=""),
     "identity, scale 3": dict(random="", scale=3.0),
     "random q, k": dict(random="qk"),
@@ -151,7 +153,8 @@ class Block(nn.Module):
             identity = torch.eye(shape[1]).expand(*shape, -1)
             drawn = [torch.randn(*shape, shape[1]) * shape[1] ** -0.5 for _ in options.random]
             drawn = [x + identity * (options.near[stage] and name != "v") for x, name in zip(drawn, options.random)]
-            start = {name: identity.clone() for name in "qkv"} | dict(zip(options.random, drawn))
+            start = {name: identity.clone() for name in "qkv"}
+            start |= {n: x for n, x in zip(options.random, drawn) if n == "v" or not options.alike[stage]}
             self.q, self.k, self.v = (nn.Parameter(start[name]) for name in "qkv")
             if options.similarity == "cosine":
                 self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(options.scale)))

@@ -5,9 +5,9 @@
 
 On 300 held-out scenes.  Clusters, per block: each cluster is given to the thing or to the background,
 whichever holds more of its pixels; the part of the pixels that is then right; and the same for as many grid
-cells.  Explanation: of the positive contributions of tokens to the logit of the right class, the part on
-tokens that the thing covers by a quarter or more; beside it, the part of the image that these tokens are; and
-how often the strongest token is one of them.
+cells.  Explanation: of the positive contributions of tokens to the logit of the right class, less the mean of
+all logits, the part on tokens that the thing covers by a quarter or more; beside it, the part of the image that
+these tokens are; and how often the strongest token is one of them.
 """
 
 import sys
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from clusterformer import trace  # noqa: E402
 from data import Shapes, as_float, dominant_thing, draw_scene  # noqa: E402
-from eval import enlarge, explain, grid_assignment, load_checkpoint  # noqa: E402
+from eval import enlarge, explain, grid_assignment, load_checkpoint, logit_weights  # noqa: E402
 
 SCENES = 300
 
@@ -57,12 +57,12 @@ def main(path):
             )]
             row = [achievable(enlarge(x, mask.shape, image, stride), mask) for x in regions]
             clusters.setdefault(block["name"], []).append([*row, len(regions[0].unique())])
-        _, _, maps = explain(model, image, F.one_hot(torch.tensor(label), model.num_classes).float())
+        _, _, maps = explain(model, image, logit_weights([label], model.num_classes))
         tokens, stride = maps.sum(0), strides[-1]
         whole = F.pad(mask.float()[None], (0, -size % stride, 0, -size % stride))
         on = F.avg_pool2d(whole, stride)[0] >= 0.25
         positive = tokens.clamp(min=0)
-        part = positive[on].sum() / positive.sum()
+        part = positive[on].sum() / positive.sum().clamp(min=1e-9)  # 0 if nothing speaks for the class
         evidence.append([part.item(), on.float().mean().item(), on.flatten()[tokens.argmax()].item()])
     for name, rows in clusters.items():
         right, grid, used = np.mean(rows, 0)
