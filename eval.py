@@ -587,7 +587,7 @@ def explanation_panels(model, image, names, chosen):
         return gray.expand_as(hue).lerp(hue, 0.8 * values.abs()).byte()
 
     total, of_center = maps.sum(0), maps.sum((1, 2))
-    other = names[chosen[1]] if len(chosen) > 1 else "mean"
+    other = names[chosen[1]] if len(chosen) > 1 else "mean of all"
     title = f"{names[chosen[0]]} - {other}: {value:.3f} = bias {bias:+.3f}\n"
     title += f"orange {total.clamp(min=0).sum():+.3f}, blue {total.clamp(max=0).sum():+.3f}"
     strongest = of_center.abs().argsort(descending=True)[:5].tolist()

@@ -292,7 +292,7 @@ def test_the_trace_holds_every_iteration_of_every_clustering_and_changes_nothing
     with torch.no_grad():
         before, entries, after = model(image)["logits"], cf.trace(model, image), model(image)["logits"]
     assert torch.equal(before, after) and all(m.history is None for m in model.modules() if hasattr(m, "history"))
-    blocks = [f"backbone.stages.{i}.{j}.cluster" for i, j in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]]
+    blocks = [f"backbone.stages.{i}.{j}.cluster" for i, j in [(0, 0), (1, 0), (2, 0), (2, 1), (2, 2), (3, 0)]]
     assert [entry["name"] for entry in entries] == [*blocks, "head.cluster"]
     for entry in entries:
         assert len(entry["centers"]) == len(entry["assignments"]) == 4 and len(entry["weights"]) == 3
@@ -360,7 +360,7 @@ def test_a_new_task_and_a_new_variant_are_one_entry_each(tmp_path, monkeypatch):
     model = cf.ClusterFormer("depth", "base").train()
     images, truth = torch.rand(2, 3, 64, 96), torch.rand(2, 16, 24)
     (sum(model.loss(model(images), truth).values()) / model.count(truth)).backward()
-    assert model.backbone.stem[0].weight.grad.any() and len(model.backbone.stem[0].weight) == 16
+    assert model.backbone.stem[0].weight.grad.any() and len(model.backbone.stem[0].weight) == 8
     assert [prediction["depth"].shape for prediction in model.predict(images)] == [(64, 96)] * 2
     assert len(cf.ClusterFormer("det", "base", 3)(images)["aux"]) == 2
     monkeypatch.setattr(sys, "argv", f"train.py --variant base --data D --out {tmp_path}".split())
@@ -1543,6 +1543,8 @@ def test_an_explanation_adds_up_to_the_logit_and_is_what_each_token_added_to_eac
         for i in range(N):
             part = (parts[i] - parts[i].mean()) / np.sqrt(C.var() + head.center_norm.eps)
             np.testing.assert_allclose(contributions[k].flatten()[i], w @ (gamma * part) / 4, rtol=1e-3, atol=1e-5)
+    assert evaluation.logit_weights([3], 4).tolist() == [-0.25, -0.25, -0.25, 0.75]  # less the mean of all
+    assert evaluation.logit_weights([3, 1], 4).tolist() == [0, -1, 0, 1]
 
 
 def state_of(model, classes, **settings):

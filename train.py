@@ -385,10 +385,9 @@ class Run:
             self.ema.load_state_dict(checkpoint["ema"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.runner = torch.compile(model) if settings.compile else model
-        if world_size > 1:  # buffers never change; gradients share memory with the buckets
+        if world_size > 1:  # gradients share memory with the buckets that are exchanged
             gpu = [device.index] if device.type == "cuda" else None
-            options = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
-            self.runner = DistributedDataParallel(self.runner, gpu, **options)
+            self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
             os.makedirs(settings.out, exist_ok=True)
             self.introduce(checkpoint)
