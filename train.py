@@ -90,7 +90,7 @@ class Settings:
     patch_size: int = setting(2, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
     test_size: int = setting(None, TEST_HELP, 32)
-    epochs: int = setting(4, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
+    epochs: int = setting(5, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(64, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
@@ -99,7 +99,7 @@ class Settings:
     clip: float = setting(5.0, "maximum norm of the gradient; 0: do not clip", 0)
     drop_path: float = setting(0.0, "stochastic depth of the last block; on files, the default is the variant's", 0, 1)
     ema: float = setting(0.99, "decay of the averaged weights, which evaluation uses", 0, 1)
-    evaluate_every: int = setting(2, "epochs between evaluations; the last epoch always has one", 1)
+    evaluate_every: int = setting(3, "epochs between evaluations; the last epoch always has one", 1)
     smoothing: float = setting(0.0, "cls: label smoothing", 0, 1)
     mixup: float = setting(0.0, "cls: alpha of mixup; 0: none", 0)
     cutmix: float = setting(0.0, "cls: alpha of cutmix; 0: none", 0)
@@ -115,7 +115,7 @@ class Settings:
 
 CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
-DENSE = replace(CLS, image_size=96, patch_size=4, batch_size=16, ema=0.995, evaluate_every=1)
+DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=16, ema=0.995, evaluate_every=1)
 FULL = replace(CLS, variant="tiny", patch_size=4, drop_path=None, ema=0.9999, evaluate_every=1)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
 IMAGENET = replace(FULL, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
@@ -138,7 +138,7 @@ def small_recipe(task, count, patch_size):
     recipe = replace(CLS, patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3, ema=0.995)
     unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
     if task == "cls":
-        epochs = min(300, max(30, 400_000 // count))
+        epochs = min(300, max(30, 450_000 // count))
         recipe = replace(recipe, image_size=4 * unit, test_size=5 * unit, batch_size=64, ema=0.999)
         recipe = replace(recipe, smoothing=0.1, min_scale=0.2, randaugment=9)
     else:
