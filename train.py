@@ -90,7 +90,7 @@ class Settings:
     patch_size: int = setting(2, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
     test_size: int = setting(None, TEST_HELP, 32)
-    epochs: int = setting(5, "passes over the images; one of shapes has 6,500 new scenes, dense tasks 5,000", 1)
+    epochs: int = setting(5, "passes over the images; one of shapes has 6,000 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(64, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
@@ -236,7 +236,7 @@ def complete(given, count):
 def training_set(task, data, seed):
     """The training images, which augment() makes ready for use."""
     if data is None:
-        return Shapes(6_500 if task == "cls" else 5_000, None, seed, "train", task)
+        return Shapes(6_000 if task == "cls" else 5_000, None, seed, "train", task)
     if task == "cls":
         return Folder(data, "train", None, seed)
     if task == "sem":
