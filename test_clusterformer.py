@@ -1805,7 +1805,7 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, mo
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", "/nowhere", *arguments.split()])
         return train.complete(train.parse_flags(), count)
 
-    for arguments, epochs in {"": 2, "--data D": 1, "--task sem": 1, "--task sem --data D": 5}.items():
+    for arguments, epochs in {"": 5, "--data D": 1, "--task sem": 1, "--task sem --data D": 5}.items():
         assert parse(arguments).evaluate_every == epochs
     imagenet, half = parse("--data D"), parse("--data D --batch-size 512 --smoothing 0")
     assert (imagenet.batch_size, imagenet.epochs, imagenet.schedule) == (1024, 300, "cosine")

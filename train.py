@@ -90,7 +90,7 @@ class Settings:
     patch_size: int = setting(2, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
     test_size: int = setting(None, TEST_HELP, 32)
-    epochs: int = setting(5, "passes over the images; one of shapes has 6,000 new scenes, dense tasks 5,000", 1)
+    epochs: int = setting(5, "passes over the images; one of shapes has 5,700 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(64, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
@@ -99,7 +99,7 @@ class Settings:
     clip: float = setting(5.0, "maximum norm of the gradient; 0: do not clip", 0)
     drop_path: float = setting(0.0, "stochastic depth of the last block; on files, the default is the variant's", 0, 1)
     ema: float = setting(0.99, "decay of the averaged weights, which evaluation uses", 0, 1)
-    evaluate_every: int = setting(3, "epochs between evaluations; the last epoch always has one", 1)
+    evaluate_every: int = setting(5, "epochs between evaluations; the last epoch always has one", 1)
     smoothing: float = setting(0.0, "cls: label smoothing", 0, 1)
     mixup: float = setting(0.0, "cls: alpha of mixup; 0: none", 0)
     cutmix: float = setting(0.0, "cls: alpha of cutmix; 0: none", 0)
@@ -236,7 +236,7 @@ def complete(given, count):
 def training_set(task, data, seed):
     """The training images, which augment() makes ready for use."""
     if data is None:
-        return Shapes(6_000 if task == "cls" else 5_000, None, seed, "train", task)
+        return Shapes(5_700 if task == "cls" else 5_000, None, seed, "train", task)
     if task == "cls":
         return Folder(data, "train", None, seed)
     if task == "sem":
