@@ -428,9 +428,10 @@ class ClusterBlock(nn.Module):
         x    = x + dispatch(C, M)         Paper (Figure 2a): feature dispatching
         x    = x + MLP(x)                 Ours: works on each token alone, as in any transformer
 
-    The convolution relates neighbors.  It has no norm, is never dropped and does not start at zero,
-    unlike the branches below it: it is linear, and it prepares the tokens that are clustered.
-    Before training, a block computes x + DepthwiseConv(x).
+    The convolution relates neighbors.  It has no norm, is never dropped and starts at random (in the
+    last stage at zero, see Backbone), unlike the branches below it, which start at zero: it is
+    linear, and it prepares the tokens that are clustered.  Before training, a block computes
+    x + DepthwiseConv(x).
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
@@ -550,6 +551,10 @@ class Backbone(nn.Module):
             # alike in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
             blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0), alike=i == 0) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
+        # Random neighbors in the last map would mix what its few tokens see, and much of the evidence
+        # for a class would lie beside the thing.  From zero, a token first speaks for its own place.
+        for block in self.stages[-1]:
+            nn.init.zeros_(block.depthwise.weight)
 
     def embed(self, images, sizes):
         """Turn pixels into tokens, which hold what is there, and where in the image it is.

@@ -67,17 +67,19 @@ class Options:
     dispatch: str = "inside"  # sum_k M MLP(C_k); "outside": MLP(sum_k M C_k); "paper": Eq. 6 with the cosine
     layer_scale: bool = False  # branches start scaled by 0.1; False: their last layers start at zero
     depthwise: bool = True
+    local: tuple = (False, False, False, True)  # the depthwise convolution starts at zero
     token_ratio: tuple = (2, 2, 2, 2)  # hidden width of the MLP on tokens, in units of D; 0: no such MLP
 
 
 OURS = Options()
-WIDE = replace(OURS, head_dim=64, last_e_step=False, alike=(False,) * 4)
+MIXED = replace(OURS, local=(False,) * 4)
+WIDE = replace(MIXED, head_dim=64, last_e_step=False, alike=(False,) * 4)
 HALF = replace(WIDE, near=(True,) * 4)
 FIRST = replace(WIDE, grid=(10, 10, 10, 10), random="", interleave=True)  # the block before these experiments
 LEAN = replace(FIRST, grid=(5, 5, 5, 5), interleave=False, exp_s=False)
 NEAR = replace(LEAN, head_dim=32, center_ffn="plain", similarity="scaled dot", last_e_step=True, dispatch="outside")
 NEAR = replace(NEAR, token_ratio=(0, 0, 0, 0))
-PAPER = replace(OURS, center_ffn="plain", similarity="dot", full=True, random="qkv", alike=(False,) * 4, exp_s=False)
+PAPER = replace(MIXED, center_ffn="plain", similarity="dot", full=True, random="qkv", alike=(False,) * 4, exp_s=False)
 PAPER = replace(PAPER, mean=False, residual=False, dispatch="paper", grid=(10, 10, 10, 10))
 PAPER = replace(PAPER, depthwise=False, token_ratio=(0, 0, 0, 0))  # the block as we read it, and nothing else
 CHANGES = {
@@ -118,8 +120,9 @@ CHANGES = {
     "mean, residual, cosine": dict(mean=True, residual=True, similarity="cosine"),
     "mean, scaled dot product": dict(mean=True, similarity="scaled dot"),
 }
-VARIANTS = {"no clusters": replace(OURS, clusters=(False, False, False, False))}
-for name, base in dict(ours=OURS, wide=WIDE, half=HALF, first=FIRST, lean=LEAN, near=NEAR, paper=PAPER).items():
+VARIANTS = {"no clusters": replace(MIXED, clusters=(False, False, False, False))}
+BASES = dict(ours=OURS, mixed=MIXED, wide=WIDE, half=HALF, first=FIRST, lean=LEAN, near=NEAR, paper=PAPER)
+for name, base in BASES.items():
     VARIANTS |= {name: base} | {f"{name}, {change}": replace(base, **values) for change, values in CHANGES.items()}
 
 
@@ -146,6 +149,8 @@ class Block(nn.Module):
         self.grid, self.iterations, ratio = options.grid[stage], options.iterations[stage], options.token_ratio[stage]
         if options.depthwise:
             self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+            if options.local[stage]:
+                nn.init.zeros_(self.depthwise.weight)
         if self.on:
             self.norm = nn.LayerNorm(dim)
             self.heads = max(1, dim // options.head_dim)
