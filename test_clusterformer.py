@@ -2147,7 +2147,7 @@ def test_broken_files_end_a_run_in_one_line_and_before_its_first_step(tmp_path, 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--data", "/no/such/folder"], "/no/such/folder: no such"),
     (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
-    (["--batch-size", 20000], "more than the 6500 training images"),
+    (["--batch-size", 20000], "--batch-size 20000 is more than the"),
     (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
     (["--lr", "nan"], "--lr must be at least 0, got nan"),
     (["--variant", "huge"], "--variant must be one of nano, tiny, small"),
