@@ -551,8 +551,8 @@ class Backbone(nn.Module):
             # alike in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
             blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0), alike=i == 0) for _ in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
-        # Random neighbors in the last map would mix what its few tokens see, and much of the evidence
-        # for a class would lie beside the thing.  From zero, a token first speaks for its own place.
+        # The last map is so small that a random 3 x 3 convolution would mix much of the image into each
+        # token.  From zero, a token first speaks for its own place, and explanations can be read there.
         for block in self.stages[-1]:
             nn.init.zeros_(block.depthwise.weight)
 
