@@ -94,7 +94,7 @@ class Settings:
     batch_size: int = setting(64, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
-    warmup_epochs: float = setting(0.3, "epochs over which the learning rate rises", 0)
+    warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises", 0)
     weight_decay: float = setting(0.05, "decay of matrices and convolutions; norms, biases and scales have none", 0)
     clip: float = setting(5.0, "maximum norm of the gradient; 0: do not clip", 0)
     drop_path: float = setting(0.0, "stochastic depth of the last block; on files, the default is the variant's", 0, 1)
@@ -115,7 +115,8 @@ class Settings:
 
 CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
-DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=16, ema=0.995, evaluate_every=1)
+DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=16, warmup_epochs=0.3, ema=0.995)
+DENSE = replace(DENSE, evaluate_every=1)
 FULL = replace(CLS, variant="tiny", patch_size=4, drop_path=None, ema=0.9999, evaluate_every=1)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
 IMAGENET = replace(FULL, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
