@@ -129,11 +129,11 @@ from torch import nn
 # drop_path: what train.py sets at full scale; ClusterFormer itself starts without it.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
-    "nano": dict(depths=(1, 1, 3, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
+    "nano": dict(depths=(1, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 6  # of saved weights: raised when older ones would not fit, or would mean something else
+VERSION = 7  # of saved weights: raised when older ones would not fit, or would mean something else
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)

@@ -115,8 +115,8 @@ class Settings:
 
 CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
-DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=16, warmup_epochs=0.3, ema=0.995)
-DENSE = replace(DENSE, evaluate_every=1)
+DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=8, lr=2e-3, warmup_epochs=0.3)
+DENSE = replace(DENSE, ema=0.995, evaluate_every=1)
 FULL = replace(CLS, variant="tiny", patch_size=4, drop_path=None, ema=0.9999, evaluate_every=1)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
 IMAGENET = replace(FULL, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train  # noqa: E402
 from clusterformer import ClassificationHead  # noqa: E402
 
-SWIN = dict(patch_size=[4, 4], embed_dim=32, depths=[1, 1, 3, 1], num_heads=[1, 2, 4, 8], window_size=[8, 8])
+SWIN = dict(patch_size=[4, 4], embed_dim=32, depths=[1, 2, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 8])
 MODELS = {
     "resnet18": lambda classes: torchvision.models.resnet18(num_classes=classes),
     "swin": lambda classes: torchvision.models.SwinTransformer(
