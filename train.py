@@ -139,7 +139,7 @@ def small_recipe(task, count, patch_size):
     recipe = replace(CLS, patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3, ema=0.995)
     unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
     if task == "cls":
-        epochs = min(300, max(30, 430_000 // count))
+        epochs = min(300, max(30, 410_000 // count))
         recipe = replace(recipe, image_size=4 * unit, test_size=6 * unit, batch_size=64, ema=0.999)
         recipe = replace(recipe, smoothing=0.1, min_scale=0.2, randaugment=9)
     else:
