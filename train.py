@@ -146,7 +146,7 @@ def small_recipe(task, count, patch_size):
         epochs = max(12, -(-11_000 // count))
         recipe = replace(recipe, image_size=8 * unit, test_size=8 * unit, batch_size=8, min_scale=0.5, color=1.0)
     batch_size = min(recipe.batch_size, 2 ** (count.bit_length() - 1))
-    return replace(recipe, batch_size=batch_size, epochs=epochs, warmup_epochs=epochs / 30)
+    return replace(recipe, batch_size=batch_size, epochs=epochs, warmup_epochs=round(epochs / 30, 1))
 
 
 def recipe_of(task, data, count, patch_size=4):
