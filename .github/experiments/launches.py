@@ -1,4 +1,5 @@
-"""What a training step of cls waits for: the processor, which launches kernels, or the GPU, which runs them.
+# SPDX-License-Identifier: MIT
+"""Does a training step of cls wait for the processor, which launches kernels, or for the GPU, which runs them?
 
     python .github/experiments/launches.py                  nano on 64 images of 48 x 48, Tiny on 128 of 224 x 224
 """
@@ -11,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clusterformer import ClusterFormer
+from clusterformer import ClusterFormer  # noqa: E402
 
 torch.set_float32_matmul_precision("high")  # as in eval.py
 for variant, patch_size, batch_size, image_size in ("nano", 2, 64, 48), ("tiny", 4, 128, 224):
@@ -34,7 +35,7 @@ for variant, patch_size, batch_size, image_size in ("nano", 2, 64, 48), ("tiny",
     for _ in range(10):
         step()
     torch.cuda.synchronize()
-    print(f"{variant}: {100 * (time.time() - start):.1f} ms a step; of these, the GPU works for")
+    print(f"{variant}: {100 * (time.time() - start):.1f} ms a step; the GPU works for the time in the last line of the table")
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize()
