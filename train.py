@@ -115,7 +115,7 @@ class Settings:
 
 CLS_ONLY = "smoothing", "mixup", "cutmix", "randaugment", "erasing"
 CLS = Settings()
-DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=8, lr=2e-3, warmup_epochs=0.3)
+DENSE = replace(CLS, image_size=96, patch_size=4, epochs=4, batch_size=8, warmup_epochs=0.3)
 DENSE = replace(DENSE, ema=0.995, evaluate_every=1)
 FULL = replace(CLS, variant="tiny", patch_size=4, drop_path=None, ema=0.9999, evaluate_every=1)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
