@@ -29,6 +29,7 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -496,9 +497,12 @@ def prediction_panels(found, names, task, image, size):
             box, color = x["box"].cpu() * scale, COLORS[number % len(COLORS)]
             picture = draw_bounding_boxes(picture, box[None], colors=[color], width=3)
             captions.append((text, box[:2].tolist()))
-        elif len(pixels):  # the pixel nearest to their mean
-            nearest = (pixels - pixels.float().mean(0)).norm(dim=1).argmin()
-            captions.append((text, pixels[nearest].tolist()))
+        elif len(pixels):  # where a caption of 99 x 19 pixels covers its own region, near its middle
+            mask = regions == number
+            inside = F.avg_pool2d(mask.float()[None], (19, 99), 1, (9, 49))[0][mask]
+            far = (pixels - pixels.float().mean(0)).norm(dim=1) / panel.shape[2]
+            x, y = pixels[(3 * inside - far).argmax()].tolist()
+            captions.append((text, (x - 49, y - 9)))
         elif task == "cls":
             captions.append((text, (8, 8 + 24 * i)))
     return [("image", panel), (title, write(picture, captions))]
