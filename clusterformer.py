@@ -61,8 +61,7 @@ have not read of the paper may prevent both in other ways.
     q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
     size                                                             clear gain
     q, k: start    -                       random; in stage 1 the    its clusters then follow what is
-                                           identity                  in the image.  Near the identity
-                                                                     (plus random) at loss + 0.07
+                                           identity                  in the image, at the same loss
     v: start       -                       the identity              C adds up tokens of its own
                                                                      space
     M-step:        M, and a sum            M exp(S), and a mean:     exp(S) takes weight from tokens
