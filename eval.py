@@ -499,7 +499,8 @@ def prediction_panels(found, names, task, image, size):
             captions.append((text, box[:2].tolist()))
         elif len(pixels):  # where a caption of 99 x 19 pixels covers its own region, near its middle
             mask = regions == number
-            inside = F.avg_pool2d(mask.float()[None], (19, 99), 1, (9, 49))[0][mask]
+            inside = F.avg_pool2d(mask.float()[None], (19, 1), 1, (9, 0))  # rows, then columns: 118 sums, not 1,881
+            inside = F.avg_pool2d(inside, (1, 99), 1, (0, 49))[0][mask]
             far = (pixels - pixels.float().mean(0)).norm(dim=1) / panel.shape[2]
             x, y = pixels[(3 * inside - far).argmax()].tolist()
             captions.append((text, (x - 49, y - 9)))
