@@ -263,16 +263,19 @@ def evaluation_batch_size(settings, world_size):
 
 
 def take_weights(model, path, rank):
-    """Load the averaged weights of a checkpoint that fit by name and shape; print which are new."""
+    """Load the averaged weights of a checkpoint that fit by name and shape; print which modules are new."""
     theirs, ours = load_checkpoint(path)[1]["ema"], model.state_dict()
     fits = lambda name, value: name in ours and value.shape == ours[name].shape
     fitting = {name: value for name, value in theirs.items() if fits(name, value)}
     if not any(name.startswith("backbone.stages") for name in fitting):
         raise InputError(f"{path}: its backbone does not fit this model; give the --variant it was trained with")
     model.load_state_dict(fitting, strict=False)
-    left = sorted(ours.keys() - fitting.keys())
     if rank == 0:
-        new = f"; new: {', '.join(left)}" if left else ""
+        prefixes = lambda name: [name[:i] for i, letter in enumerate(name + ".") if letter == "."]
+        taken = {prefix for name in fitting for prefix in prefixes(name)}
+        # The outermost module without a tensor from the checkpoint: "head", not all of its tensors.
+        new = [next(p for p in prefixes(name) if p not in taken) for name in ours if name not in fitting]
+        new = f"; new: {', '.join(dict.fromkeys(new))}" if new else ""
         print(f"{path}: took {len(fitting)} of {len(ours)} tensors{new}")
 
 
