@@ -271,9 +271,10 @@ def take_weights(model, path, rank):
         raise InputError(f"{path}: its backbone does not fit this model; give the --variant it was trained with")
     model.load_state_dict(fitting, strict=False)
     if rank == 0:
+        # "a.b.c" -> a, a.b, a.b.c.  The first one without a tensor from the checkpoint is new as a
+        # whole: "head", and not the names of all of its tensors.
         prefixes = lambda name: [name[:i] for i, letter in enumerate(name + ".") if letter == "."]
         taken = {prefix for name in fitting for prefix in prefixes(name)}
-        # The outermost module without a tensor from the checkpoint: "head", not all of its tensors.
         new = [next(p for p in prefixes(name) if p not in taken) for name in ours if name not in fitting]
         new = f"; new: {', '.join(dict.fromkeys(new))}" if new else ""
         print(f"{path}: took {len(fitting)} of {len(ours)} tensors{new}")
