@@ -1813,7 +1813,8 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, mo
     assert parse("--task inst --data D").schedule == "step" and parse("--lr 1 --batch-size 1").lr == 1
     few = {count: parse("--task inst --data D", count) for count in (5, 136, 9_999)}
     assert [(x.batch_size, x.epochs) for x in few.values()] == [(4, 2200), (8, 81), (8, 12)]
-    assert {x.variant for x in few.values()} == {"nano"}
+    assert {(x.variant, x.backbone_rate) for x in few.values()} == {("nano", 1.0)}
+    assert {parse(f"--task {task} --data D").backbone_rate for task in DENSE} == {0.1}
     model = cf.ClusterFormer("cls", "nano", 8, patch_size=2, iterations=1)
     torch.save(state_of(model, list(data.THINGS)), tmp_path / "a.pt")
     for flags, expected in {"": ("nano", 2, 1, 128), "--patch-size 4 --iterations 2": ("nano", 4, 2, 256)}.items():
@@ -1861,10 +1862,11 @@ def train_and_evaluate(tmp_path, capsys, task, processes, *options):
 
 @pytest.mark.parametrize("task", cf.TASKS)
 def test_every_task_from_training_to_prediction(tmp_path, capsys, task, checkpoint):
-    train_and_evaluate(tmp_path, capsys, task, 1, *(["--init", checkpoint] if task in ("cls", "inst") else []))
+    slow = ["--init", checkpoint, "--backbone-rate", 0.1] if task in ("cls", "inst") else []
+    train_and_evaluate(tmp_path, capsys, task, 1, *slow)
     groups = torch.load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     rates = {round(group["lr"] / max(group["lr"] for group in groups), 3) for group in groups}
-    assert rates == ({0.1, 1} if task == "inst" else {1})  # a trained backbone learns slowly
+    assert rates == ({0.1, 1} if slow else {1})
     names = {"label", "l1", "giou"} | ({"mask", "dice", "pixel"} if task != "det" else set())
     assert task == "cls" or {f"loss_{name}" for name in names} <= log_of(tmp_path / "run")[0].keys()
 

@@ -78,7 +78,7 @@ class Settings:
     task: str = setting("cls", TASK_HELP, choices=TASKS)
     data: str = setting(None, DATA_HELP)
     out: str = setting(None, "folder of checkpoints and logs (default: runs/TASK)")
-    init: str = setting(None, "checkpoint whose weights are loaded where they fit; dense tasks: backbone at lr / 10")
+    init: str = setting(None, "checkpoint whose weights are loaded where they fit")
     resume: bool = setting(False, "continue from OUT/last.pt, with its settings, if it exists")
     checkpoint_every: float = setting(10.0, "minutes between checkpoints within an epoch; 0: every step", 0)
     seed: int = setting(0, "seed of initial weights, order and augmentation", 0)
@@ -93,6 +93,7 @@ class Settings:
     epochs: int = setting(5, "passes over the images; one of shapes has 5,700 new scenes, dense tasks 5,000", 1)
     batch_size: int = setting(64, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
+    backbone_rate: float = setting(1.0, "with --init: learning rate of the backbone, as a multiple of --lr", 0)
     schedule: str = setting("cosine", SCHEDULE_HELP, choices=SCHEDULES)
     warmup_epochs: float = setting(1.0, "epochs over which the learning rate rises", 0)
     weight_decay: float = setting(0.05, "decay of matrices and convolutions; norms, biases and scales have none", 0)
@@ -123,6 +124,8 @@ IMAGENET = replace(FULL, image_size=224, epochs=300, batch_size=1024, lr=1e-3, w
 IMAGENET = replace(IMAGENET, smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
 COCO = replace(FULL, image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
 COCO = replace(COCO, schedule="step", warmup_epochs=0.1, evaluate_every=5, min_scale=0.1)
+# A backbone from ImageNet should keep its features while neck and decoder are still random.
+COCO = replace(COCO, backbone_rate=0.1)
 ADE20K = replace(COCO, image_size=512, test_size=512, epochs=127, schedule="poly")  # 160,000 steps
 ADE20K = replace(ADE20K, warmup_epochs=1.0, min_scale=0.5, color=1.0)
 RECIPES = {"dense tasks": DENSE, "ImageNet": IMAGENET, "COCO": COCO, "ADE20K": ADE20K}
@@ -133,8 +136,8 @@ def small_recipe(task, count, patch_size):
     """The recipe for a folder with `count` < SMALL training images.  Ours.
 
     50 epochs of 100 images would be 300 steps at COCO's batch size, and a model learns nothing in
-    them.  So the fewer images, the more epochs; and steps count more, by a higher rate and a
-    shorter average.  Nano and small images fit a CPU, and overfit less.
+    them.  So the fewer images, the more epochs; and steps count more, by a higher rate, also of a
+    backbone from --init, and a shorter average.  Nano and small images fit a CPU, and overfit less.
     """
     recipe = replace(CLS, patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3, ema=0.995)
     unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
@@ -382,8 +385,7 @@ class Run:
             if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
                 module.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        # A trained backbone should keep its features while neck and decoder are still random.
-        backbone_rate = 0.1 if settings.init and settings.task != "cls" else 1.0
+        backbone_rate = settings.backbone_rate if settings.init else 1.0
         groups = parameter_groups(model, settings.weight_decay, backbone_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         if checkpoint:
