@@ -482,7 +482,7 @@ def prediction_panels(found, names, task, image, size):
     panel, title = panel_of(image, 560), "prediction"
     if task in ("det", "inst"):
         found = [x for x in found if x["score"] >= MIN_SCORE]
-        title = f"{len(found)} objects with a score of at least {MIN_SCORE}"
+        title = f"objects with a score of at least {MIN_SCORE}: {len(found)}"
     numbers = [names.index(x["name"]) if task == "sem" else i for i, x in enumerate(found)]
     regions = torch.full(panel.shape[1:], -1)
     for number, x in reversed([*zip(numbers, found)]):  # the highest score goes on top
