@@ -146,7 +146,7 @@ def small_recipe(task, count, patch_size):
         recipe = replace(recipe, image_size=4 * unit, test_size=6 * unit, batch_size=64, ema=0.999)
         recipe = replace(recipe, smoothing=0.1, min_scale=0.2, randaugment=9)
     else:
-        epochs = max(12, -(-10_000 // count))
+        epochs = max(12, -(-9_000 // count))
         recipe = replace(recipe, image_size=8 * unit, test_size=8 * unit, batch_size=8, min_scale=0.5, color=1.0)
     batch_size = min(recipe.batch_size, 2 ** (count.bit_length() - 1))
     return replace(recipe, batch_size=batch_size, epochs=epochs, warmup_epochs=round(epochs / 30, 1))
