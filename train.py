@@ -90,7 +90,7 @@ class Settings:
     patch_size: int = setting(2, "pixels per side of a token: 4, or 2 for small images", choices=(2, 4))
     image_size: int = setting(48, "pixels per side of training images; the dense tasks crop larger ones", 32)
     test_size: int = setting(None, TEST_HELP, 32)
-    epochs: int = setting(5, "passes over the images; one of shapes has 5,700 new scenes, dense tasks 5,000", 1)
+    epochs: int = setting(5, "passes over the images; one of shapes has 5,700 new scenes, with masks 5,000", 1)
     batch_size: int = setting(64, "images per step, over all processes", 1)
     lr: float = setting(3e-3, "peak learning rate; the default is scaled with --batch-size", 0)
     backbone_rate: float = setting(1.0, "with --init: learning rate of the backbone, as a multiple of --lr", 0)
@@ -240,7 +240,8 @@ def complete(given, count):
 def training_set(task, data, seed):
     """The training images, which augment() makes ready for use."""
     if data is None:
-        return Shapes(5_700 if task == "cls" else 5_000, None, seed, "train", task)
+        scenes = 5_700 if task in ("cls", "det") else 5_000  # masks take time
+        return Shapes(scenes, None, seed, "train", task)
     if task == "cls":
         return Folder(data, "train", None, seed)
     if task == "sem":
