@@ -240,7 +240,7 @@ def complete(given, count):
 def training_set(task, data, seed):
     """The training images, which augment() makes ready for use."""
     if data is None:
-        scenes = 5_700 if task in ("cls", "det") else 5_000  # masks take time
+        scenes = 5_700 if task in ("cls", "det") else 5_000  # without masks, a scene costs less
         return Shapes(scenes, None, seed, "train", task)
     if task == "cls":
         return Folder(data, "train", None, seed)
