@@ -5,12 +5,18 @@ A reference for "ClusterFormer: Clustering As A Universal Visual Learner" (NeurI
 2309.13196).  Copy this file into any project: it needs PyTorch and NumPy, and nothing else.
 
     model = ClusterFormer("cls", "tiny", num_classes=1000)
-    logits = model(images)["logits"]     # images: float RGB in [0, 1], (B, 3, H, W), any H, W >= 32
+    logits = model(images)["logits"]   # float RGB in [0, 1], (B, 3, H, W); H and W multiples of 32
 
     model = ClusterFormer("inst", "tiny", num_classes=80)
     losses = model.loss(model(images), targets)                 # a dictionary of sums over targets
     (sum(losses.values()) / max(1, model.count(targets))).backward()
-    predictions = model.predict(images)               # per image: scores, labels, boxes, and masks
+    predictions = model.predict(images)       # of any sizes; per image: scores, labels, boxes, masks
+
+Or use the parts alone, on any map of tokens (B, H, W, 96):
+
+    C = InitialCenters(96)(tokens)                                           # (B, K, 96)
+    C, M = RecurrentCrossAttentionClustering(96, num_heads=3)(C, tokens)     # M: (B, 3, K, H, W)
+    tokens = tokens + FeatureDispatching(96, num_heads=3)(C, M)              # (B, H, W, 96)
 
 THE METHOD.  Self-attention compares every token with every other token, which costs N x N.
 ClusterFormer puts K cluster centers between them, which costs N x K.  In the E-step every token is
@@ -114,7 +120,6 @@ losses (9), final predictions (10) and one head per task (11); the model and its
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -143,91 +148,19 @@ TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 # --------------------------------------------------------------------------------------------------
 # 1. Initial centers: C(0) is pooled from the image; it is not a learned query
 # --------------------------------------------------------------------------------------------------
-class Layout(NamedTuple):
-    """Where the images of a batch lie in a map of H x W tokens.  Computed once per map.  Ours.
+def grid_shape(height, width, grid=GRID, min_cell=2):
+    """Rows and columns of the grid that centers start from, on a map of height x width tokens.
 
-    Images lie at the top left, and padding fills the rest.  Masks tell which tokens and centers are
-    real; None means all.  Without sizes, one row stands for all images: 1 in place of B.
+    grid: cells per side, at most.  min_cell: side of a cell in tokens, at least.  It is 2 in the
+    backbone, where a cluster of a single token would have nothing to aggregate, and 1 in the decoder.
     """
-
-    row_pool: torch.Tensor  # (B, kh, H)  averages the rows of tokens in each row of the grid
-    column_pool: torch.Tensor  # (B, kw, W)  averages the columns in each column of the grid
-    y: torch.Tensor  # (B, H)  vertical position of each row in its image, from -0.5 to 0.5
-    x: torch.Tensor  # (B, W)  horizontal position of each column
-    token_mask: torch.Tensor | None  # (B, H, W)  bool, True for image, False for padding
-    center_mask: torch.Tensor | None  # (B, kh * kw)  bool, True for centers that an image has
-    sizes: torch.Tensor | None  # (B, 2)  int64 on the CPU, height and width of images in tokens
+    return min(grid, -(-height // min_cell)), min(grid, -(-width // min_cell))
 
 
-def to_device(values, device):
-    """Copy a small CPU tensor to a device through pinned memory: otherwise the CPU would wait."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
-def pooling_matrix(lengths, size, grid=GRID, min_cell=2):
-    """Average pooling along one side as a matrix, so that each image can have its own length.  Ours.
-
-    lengths: (B,) int64, length of each image in tokens.  size: of the map, >= every length.
-    A side has one cell per min_cell tokens, rounded up, and at most `grid` cells.
-    Returns (B, k, size) float32, rows summing to 1 (to 0 for cells that an image does not have),
-    and (B, k) bool, True for cells that it has.  Cells are those of torch's adaptive pooling: if
-    the border between two cells lies inside of a token, they share that token.
-    """
-    fill = min_cell - 1
-    cell = torch.arange(min(grid, (size + fill) // min_cell), device=lengths.device)[:, None]  # (k, 1)
-    position = torch.arange(size, device=lengths.device)  # (size,)
-    lengths = lengths[:, None, None]  # (B, 1, 1)
-    cells = ((lengths + fill) // min_cell).clamp(max=grid)
-    start, end = cell * lengths // cells, ((cell + 1) * lengths + cells - 1) // cells  # (B, k, 1)
-    real = cell < cells
-    inside = (position >= start) & (position < end) & real  # (B, k, size)
-    return inside / inside.sum(-1, keepdim=True).clamp(min=1), real[..., 0]
-
-
-def image_mask(height, width, sizes):
-    """True where a map lies inside of images of these sizes: (B, 2) -> bool (B, height, width)."""
-    rows = torch.arange(height, device=sizes.device) < sizes[:, :1]
-    columns = torch.arange(width, device=sizes.device) < sizes[:, 1:]
-    return rows[:, :, None] & columns[:, None]
-
-
-def make_layout(height, width, sizes=None, device=None, grid=GRID, min_cell=2):
-    """Layout of a map of height x width tokens.
-
-    sizes: (B, 2) int64 on the CPU, heights and widths of the images in tokens; None: all fill the
-        map.  They are on the CPU because they decide whether masks are needed: if they were on
-        the GPU, the CPU would have to wait for them.
-    grid: cells per side of the grid that centers start from, at most.
-    min_cell: side of a cell in tokens, at least; small maps have fewer cells.  It is 2 in the
-        backbone, where a cluster of a single token would have nothing to aggregate, and 1 in the
-        decoder.
-    """
-    device = torch.device("cpu") if device is None else device
-    if sizes is None:
-        sides = torch.stack([torch.full((1,), side, device=device) for side in (height, width)], 1)
-    else:
-        sides = to_device(sizes, device)
-    row_pool, real_rows = pooling_matrix(sides[:, 0], height, grid, min_cell)
-    column_pool, real_columns = pooling_matrix(sides[:, 1], width, grid, min_cell)
-    y = (torch.arange(height, device=device) + 0.5) / sides[:, :1] - 0.5
-    x = (torch.arange(width, device=device) + 0.5) / sides[:, 1:] - 0.5
-    token_mask = center_mask = None
-    if sizes is not None:
-        shortest = sizes.amin(0).tolist()
-        if shortest != [height, width]:
-            token_mask = image_mask(height, width, sides)
-        fewest = [min(grid, -(-side // min_cell)) for side in shortest]
-        if fewest != [row_pool.shape[1], column_pool.shape[1]]:
-            center_mask = (real_rows[:, :, None] & real_columns[:, None]).flatten(1)
-    return Layout(row_pool, column_pool, y, x, token_mask, center_mask, sizes)
-
-
-def pool_centers(x, layout):
-    """Mean of each grid cell: (B, H, W, D) -> (B, K, D), K = kh * kw.  Paper: AdaptivePooling_K."""
-    x = (layout.row_pool.to(x.dtype) @ x.flatten(2)).unflatten(2, x.shape[2:])  # (B, kh, W, D)
-    return (layout.column_pool[:, None].to(x.dtype) @ x).flatten(1, 2)  # (B, K, D)
+def pool_cells(x, grid=GRID, min_cell=2):
+    """Mean of each grid cell: (B, H, W, D) -> (B, K, D).  Paper: AdaptivePooling_K."""
+    shape = grid_shape(x.shape[1], x.shape[2], grid, min_cell)
+    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), shape).flatten(2).mT  # (B, K, D)
 
 
 def prenorm_mlp(dim, ratio):
@@ -250,26 +183,21 @@ class InitialCenters(nn.Module):
     Paper (recalled): FFN(pool(I)).  Ours: the FFN is a residual branch, and starts at zero.
     """
 
-    def __init__(self, dim, ffn=True):
+    def __init__(self, dim, grid=GRID, min_cell=2, ffn=True):
         super().__init__()
+        self.grid, self.min_cell = grid, min_cell  # see grid_shape
         self.ffn = prenorm_mlp(dim, CENTER_RATIO[0]) if ffn else None
 
-    def forward(self, x, layout):
-        """x: map (B, H, W, D).  layout: of this map.  Returns C(0), (B, K, D)."""
-        centers = pool_centers(x, layout)
+    def forward(self, x):
+        """x: map (B, H, W, D).  Returns C(0), (B, K, D)."""
+        centers = pool_cells(x, self.grid, self.min_cell)
         return centers if self.ffn is None else centers + self.ffn(centers)
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
-def center_bias(center_mask):
-    """A bias that takes all tokens from centers that an image does not have; or None.
-
-    center_mask: bool (B, K), or None.  Returns (B, 1, K): 0, or -1e4, whose exp() is 0.  With -inf,
-    a missing center would compute exp(-inf) over its sum, which is NaN.
-    """
-    return None if center_mask is None else -1e4 * (~center_mask).float()[:, None]
+MAX_SCALE = 50.0  # of S: with it, softmax is nearly an argmax
 
 
 class RecurrentCrossAttentionClustering(nn.Module):
@@ -336,50 +264,43 @@ class RecurrentCrossAttentionClustering(nn.Module):
     def similarity(self, centers, keys, bias):
         """S, (h, B, N, K): transposed, since over the last axis softmax is one pass."""
         queries = self.project(self.split(centers), self.q.to(keys.dtype))  # (h, B, K, d)
-        scale = self.log_scale.to(keys.dtype).exp().view(-1, 1, 1, 1)
+        scale = self.log_scale.clamp(max=math.log(MAX_SCALE)).to(keys.dtype).exp().view(-1, 1, 1, 1)
         S = keys @ (scale * F.normalize(queries, dim=-1)).mT
         return S if bias is None else S + bias
 
-    def forward(self, centers, tokens, token_mask=None, bias=None):
+    def forward(self, centers, tokens, bias=None):
         """Cluster the tokens.
 
-        centers: C(0), (B, K, D).  tokens: (B, N, D), or a map (B, H, W, D).
-        token_mask: bool (B, N) or (B, H, W), False for padding, which belongs to no cluster.
-        bias: added to S, broadcast to (h, B, N, K): the log of a prior, or center_bias; finite.
-        Returns C(T), (B, K, D), and M(T), (B, h, K, N), which is zero for padding.
+        centers: C(0), (B, K, D).  tokens: map (B, H, W, D), or (B, N, D).
+        bias: added to S, broadcast to (h, B, N, K): the log of a prior; finite.
+        Returns C(T), (B, K, D), and M(T), (B, h, K, H, W), or (B, h, K, N).
         """
-        if self.training:
-            with torch.no_grad():  # not in the graph: above the limit, its gradient would be zero
-                self.log_scale.clamp_(max=math.log(50.0))  # at 50, softmax is nearly an argmax
         size, tokens = tokens.shape[1:-1], tokens.flatten(1, -2)  # (B, N, D)
         heads = self.split(tokens)
         keys, values = self.project(heads, self.k), self.project(heads, self.v)  # (h, B, N, d)
         # float32 also under autocast: softmax returns float32 anyway.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
-        real = None if token_mask is None else token_mask.flatten(1)[..., None]  # (B, N, 1)
         if self.history is not None:
             self.history |= dict(size=size, tokens=tokens, values=values.transpose(0, 1))
             self.history |= dict(centers=[centers], assignments=[], weights=[])
         with torch.autocast(tokens.device.type, enabled=False):
-            centers = centers.to(dtype)
-            S = self.similarity(centers, keys, bias)
+            C = centers.to(dtype)
+            S = self.similarity(C, keys, bias)
             for _ in range(self.iterations):
                 log_M = S.log_softmax(-1)  # E-step, over K (Paper)
-                log_M = log_M if real is None else log_M.masked_fill(~real, -torch.inf)
                 weights = (S + log_M).softmax(-2)  # M-step, over N: M exp(S), divided by its sum
                 means = weights.mT @ values  # (h, B, K, d)
-                centers = centers + means.permute(1, 2, 0, 3).flatten(2)  # (B, K, D)
+                C = C + means.permute(1, 2, 0, 3).flatten(2)  # (B, K, D)
                 if self.history is not None:
                     self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
                     self.history["weights"].append(weights.permute(1, 0, 3, 2))
-                    self.history["centers"].append(centers)
-                S = self.similarity(centers, keys, bias)
-            M = S.softmax(-1)  # the last E-step
-            M = (M if real is None else M * real).permute(1, 0, 3, 2)
+                    self.history["centers"].append(C)
+                S = self.similarity(C, keys, bias)
+            M = S.softmax(-1).permute(1, 0, 3, 2)  # the last E-step, (B, h, K, N)
         if self.history is not None:
             self.history["assignments"].append(M)
-        return centers.to(tokens.dtype), M
+        return C.to(centers.dtype), M.unflatten(-1, size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -403,21 +324,18 @@ class FeatureDispatching(nn.Module):
         self.mlp = prenorm_mlp(dim, CENTER_RATIO[1])
 
     def forward(self, centers, assignment):
-        """centers: (B, K, D).  assignment: (B, h, K, N).  Returns (B, N, D), at first zero."""
+        """centers: (B, K, D).  assignment: (B, h, K, H, W).  Returns a map (B, H, W, D), at first zero."""
+        size, M = assignment.shape[3:], assignment.flatten(3)  # (B, h, K, N)
         heads = self.mlp(centers).unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, K, d)
         with torch.autocast(centers.device.type, enabled=False):  # M is float32
-            received = assignment.permute(1, 0, 3, 2) @ heads.to(assignment.dtype)  # (h, B, N, d)
-        return received.permute(1, 2, 0, 3).flatten(2)  # (B, N, D)
+            received = M.permute(1, 0, 3, 2) @ heads.to(M.dtype)  # (h, B, N, d)
+        received = received.permute(1, 2, 0, 3).flatten(2)  # (B, N, D)
+        return received.unflatten(1, size).to(centers.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. The block
 # --------------------------------------------------------------------------------------------------
-def mask_padding(x, layout):
-    """Set the padding of a map (B, H, W, D) to zero, the value that convolutions pad with."""
-    return x if layout.token_mask is None else x * layout.token_mask[..., None]
-
-
 class ClusterBlock(nn.Module):
     """One layer of the backbone.
 
@@ -450,52 +368,47 @@ class ClusterBlock(nn.Module):
             branch = branch * (keep / (1 - self.drop_path))
         return x + branch
 
-    def forward(self, x, layout):
-        """x: map (B, H, W, D).  layout: of this map.  Returns a map of the same shape."""
-        x = mask_padding(x, layout)
+    def forward(self, x):
+        """x: map (B, H, W, D).  Returns a map of the same shape."""
         x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         tokens = self.norm(x)
-        bias = center_bias(layout.center_mask)
-        C, M = self.cluster(self.initial(tokens, layout), tokens, layout.token_mask, bias)
-        x = self.add(x, self.dispatch(C, M).view_as(x))
+        C, M = self.cluster(self.initial(tokens), tokens)
+        x = self.add(x, self.dispatch(C, M))
         return self.add(x, self.mlp(x))
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The backbone
 # --------------------------------------------------------------------------------------------------
-def check_images(images):
-    """Raise ValueError unless images are float (B, 3, H, W), or a list of (3, H, W); H, W >= 32."""
-    is_list = isinstance(images, (list, tuple))
-    if is_list and not images:
-        raise ValueError("images must hold at least one image")
-    for x in images if is_list else [images]:
-        if not isinstance(x, torch.Tensor) or x.ndim != (3 if is_list else 4) or x.shape[-3] != 3:
-            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"images must be a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {got}")
-        if not x.is_floating_point():
-            raise ValueError(f"images must be float RGB in [0, 1], got {x.dtype}; divide by 255")
-        if min(x.shape[-2:]) < 32:
-            raise ValueError(f"images must be at least 32 x 32 pixels, got {x.shape[-2]} x {x.shape[-1]}")
+def check_images(images, stride):
+    """Raise ValueError unless images are float (B, 3, H, W), with sides that are multiples of stride."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor (B, 3, H, W), got {got}; predict takes lists, too")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be float RGB in [0, 1], got {images.dtype}; divide by 255")
+    height, width = images.shape[2:]
+    if not height or not width or height % stride or width % stride:
+        raise ValueError(f"sides must be multiples of {stride}, got {height} x {width}; pad, or call predict")
 
 
-def batch_images(images):
-    """Put images into one tensor.
+def check_image(image):
+    """Raise ValueError unless an image is float RGB in [0, 1], (3, H, W), with H, W >= 32."""
+    if not isinstance(image, torch.Tensor) or image.ndim != 3 or image.shape[0] != 3:
+        got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+        raise ValueError(f"predict takes a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {got} in it")
+    if not image.is_floating_point():
+        raise ValueError(f"images must be float RGB in [0, 1], got {image.dtype}; divide by 255")
+    if min(image.shape[1:]) < 32:
+        raise ValueError(f"images must be at least 32 x 32 pixels, got {image.shape[1]} x {image.shape[2]}")
+    low, high = image.aminmax()
+    if not (low >= 0 and high <= 1):  # NaN fails, too
+        raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")
 
-    images: (B, 3, H, W), or a list of (3, H, W) of any sizes.
-    Returns (B, 3, H, W), padded with zeros at the bottom and right, and sizes, (B, 2) int64 in
-    pixels on the CPU, or None if all images have one size.
-    """
-    if isinstance(images, torch.Tensor):
-        return images, None
-    if len({image.shape for image in images}) == 1:
-        return torch.stack(list(images)), None
-    sizes = [tuple(image.shape[-2:]) for image in images]
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    batch = images[0].new_zeros(len(images), 3, height, width)
-    for padded, image in zip(batch, images):
-        padded[:, : image.shape[-2], : image.shape[-1]] = image
-    return batch, torch.tensor(sizes, device="cpu")
+
+def token_positions(count, device):
+    """Middles of `count` tokens in a row, as fractions of the image: (count,), from 0 to 1."""
+    return (torch.arange(count, device=device) + 0.5) / count
 
 
 class Backbone(nn.Module):
@@ -555,53 +468,36 @@ class Backbone(nn.Module):
         for block in self.stages[-1]:
             nn.init.zeros_(block.depthwise.weight)
 
-    def embed(self, images, sizes):
-        """Turn pixels into tokens, which hold what is there, and where in the image it is.
-
-        images: (B, 3, H, W).  sizes: (B, 2) in pixels, or None.  Returns a map and its layout.
-        """
-        x, patch = (images - self.mean) / self.std, self.strides[0]
-        if sizes is not None:  # padding is zero after normalization, as a convolution pads
-            x = x * image_mask(*x.shape[-2:], to_device(sizes, x.device))[:, None]
-            sizes = -(-sizes // patch)
-        x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch))  # to multiples of the patch
+    def embed(self, images):
+        """Pixels (B, 3, H, W) -> tokens, which hold what is there, and where: (B, H/4, W/4, D)."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
         # Channels last, as the blocks need them: otherwise the convolutions of the stem copy large maps.
         x = x.contiguous(memory_format=torch.channels_last)
-        # No mask is needed between the two convolutions: the second reads whole tokens.
-        x = self.stem(x).permute(0, 2, 3, 1)  # (B, H, W, D)
-        layout = make_layout(x.shape[1], x.shape[2], sizes, x.device)
-        y, x_ = torch.broadcast_tensors(layout.y[:, :, None], layout.x[:, None])
-        return self.embed_norm(x + self.coordinates(torch.stack([y, x_], -1))), layout
+        x = self.stem(x).permute(0, 2, 3, 1)  # (B, H/4, W/4, D)
+        y, x_ = (token_positions(side, x.device) - 0.5 for side in x.shape[1:3])
+        places = torch.stack(torch.meshgrid(y, x_, indexing="ij"), -1)  # (H/4, W/4, 2), from -0.5 to 0.5
+        return self.embed_norm(x + self.coordinates(places.to(x.dtype)))
 
-    def features(self, images, sizes=None):
-        """What forward() computes, as heads need it: four maps (B, H, W, C), and their layouts."""
-        x, layout = self.embed(images, sizes)
-        maps, layouts = [], []
+    def features(self, images):
+        """What forward() returns, as heads need it: channels last."""
+        check_images(images, self.strides[-1])
+        x, maps = self.embed(images), []
         for i, blocks in enumerate(self.stages):
             if i > 0:
-                x = mask_padding(self.downsample_norms[i - 1](x), layout)  # (B, H, W, C)
-                x = F.pad(x.permute(0, 3, 1, 2), (0, x.shape[2] % 2, 0, x.shape[1] % 2))  # (B, C, H, W), even
-                x = self.downsamples[i - 1](x).permute(0, 2, 3, 1)  # half of H, W
-                real = None if sizes is None else -(-sizes // self.strides[i])
-                layout = make_layout(x.shape[1], x.shape[2], real, x.device)
+                x = self.downsample_norms[i - 1](x).permute(0, 3, 1, 2)
+                x = self.downsamples[i - 1](x).permute(0, 2, 3, 1)  # half of H and W
             for block in blocks:
-                x = block(x, layout)
+                x = block(x)
             maps.append(x)
-            layouts.append(layout)
-        return maps, layouts
+        return maps
 
-    def forward(self, images, sizes=None):
-        """images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W); any H, W >= 32.
+    def forward(self, images):
+        """images: float RGB in [0, 1], (B, 3, H, W), sides multiples of the last stride.
 
-        sizes: (B, 2) int64, heights and widths in pixels, of images that are padded to one tensor.
-        Returns four maps (B, C, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
+        Returns four maps (B, C, H / s, W / s) at strides s = 4, 8, 16, 32.
         Raises ValueError if the images have another form.
         """
-        check_images(images)
-        if not isinstance(images, torch.Tensor):
-            images, sizes = batch_images(images)
-        maps, _ = self.features(images, None if sizes is None else sizes.cpu())
-        return [x.permute(0, 3, 1, 2) for x in maps]
+        return [x.permute(0, 3, 1, 2) for x in self.features(images)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,17 +524,11 @@ class ClassificationHead(nn.Module):
         self.center_norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
 
-    def forward(self, maps, layouts):
+    def forward(self, maps):
         """maps: of the backbone, (B, H, W, C); the last is used.  Returns {"logits": (B, classes)}."""
-        tokens, layout = self.norm(maps[-1]), layouts[-1]
-        bias = center_bias(layout.center_mask)
-        C, _ = self.cluster(self.initial(tokens, layout), tokens, layout.token_mask, bias)
-        C = self.center_norm(C)  # (B, K, D)
-        if layout.center_mask is None:
-            mean = C.mean(1)  # (B, D)
-        else:
-            real = layout.center_mask[..., None].to(C.dtype)
-            mean = (C * real).sum(1) / real.sum(1)
+        tokens = self.norm(maps[-1])
+        C, _ = self.cluster(self.initial(tokens), tokens)
+        mean = self.center_norm(C).mean(1)  # (B, D)
         with torch.autocast(mean.device.type, enabled=False):  # bfloat16 would tie likely classes
             return {"logits": self.classifier(mean.to(self.classifier.weight.dtype))}
 
@@ -653,7 +543,7 @@ class ClassificationHead(nn.Module):
         """Number of images."""
         return len(targets)
 
-    def predict(self, output, image_sizes, sizes):
+    def predict(self, output, image_size, sizes):
         """The five likeliest classes per image."""
         probability = output["logits"].float().softmax(-1)
         scores, labels = probability.topk(min(5, probability.shape[1]))
@@ -675,8 +565,7 @@ class Neck(nn.Module):
         out_s = x_s + DepthwiseConv(x_s)
 
     Ours: the depthwise convolution; and a top-down path that is zero-initialized, because coarse
-    features become useful late, and would only add noise before that.  Only the convolution needs
-    a mask: all else works token by token.
+    features become useful late, and would only add noise before that.
     """
 
     def __init__(self, channels, dim):
@@ -689,29 +578,29 @@ class Neck(nn.Module):
             nn.init.zeros_(last.bias)
         self.depthwise = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in channels)
 
-    def forward(self, maps, layouts):
-        """maps: (B, H, W, C), fine to coarse.  layouts: of these.  Returns as many (B, H, W, D)."""
+    def forward(self, maps):
+        """maps: (B, H, W, C), fine to coarse.  Returns as many (B, H, W, D)."""
         outputs = []
         for i in reversed(range(len(maps))):
             x = self.laterals[i](maps[i])
             if outputs:
-                coarse = self.top_down[i](outputs[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)
-                x = x + coarse[:, : x.shape[1], : x.shape[2]]  # token (i, j) lies in (i // 2, j // 2)
-            x = mask_padding(x, layouts[i])
+                x = x + self.top_down[i](outputs[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)
             outputs.append(x + self.depthwise[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return outputs[::-1]
 
 
-def cell_boxes(layout):
-    """Boxes of the grid cells, which the decoder starts from: (B or 1, K, 4) cxcywh.  Ours."""
-    centers, sides = [], []
-    for pool, position in ((layout.column_pool, layout.x), (layout.row_pool, layout.y)):
-        centers.append((pool * position[:, None]).sum(-1) + 0.5)  # (B, kw), then (B, kh)
-        sides.append((pool > 0).sum(-1) * (1 + 2 * position[:, :1]))  # tokens, times a token's side
-    (x, y), (width, height) = centers, sides
-    columns, rows = torch.stack([x, width], -1)[:, None], torch.stack([y, height], -1)[:, :, None]
-    boxes = torch.stack(torch.broadcast_tensors(columns, rows), -1)  # (B, kh, kw, 2, 2)
-    return boxes.flatten(3).flatten(1, 2)  # (B, K, 4)
+def cell_boxes(height, width, device):
+    """Boxes of the grid cells that centers start from, (K, 4) cxcywh as fractions of the image.  Ours."""
+    middles, sides = [], []
+    for tokens, cells in zip((height, width), grid_shape(height, width, OBJECT_GRID, min_cell=1)):
+        cell = torch.arange(cells, device=device)
+        start = cell * tokens // cells  # as in adaptive pooling: neighboring cells may share a token
+        end = ((cell + 1) * tokens + cells - 1) // cells
+        middles.append((start + end) / (2 * tokens))
+        sides.append((end - start) / tokens)
+    y, x = torch.meshgrid(*middles, indexing="ij")  # (kh, kw)
+    h, w = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack([x, y, w, h], -1).flatten(0, 1)
 
 
 def cxcywh_to_xyxy(boxes):
@@ -754,15 +643,16 @@ def pairwise_iou(boxes):
 #     . |        |        | .        same scale for small and large objects.
 #     . +-----------------+ .
 #     . . . . . . . . . . . .
-def box_distance(boxes, layout):
-    """Squared distance of positions from the middles of boxes, in units of half a side.  Ours.
+def box_distance(boxes, height, width):
+    """Squared distance of tokens from the middles of boxes, in units of half a side.  Ours.
 
-    boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (B, K, H, W).
+    boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (B, K, height, width).
     """
-    x, y, width, height = boxes.float().unsqueeze(-1).unbind(2)  # (B, K, 1) each
+    middle_x, middle_y, w, h = boxes.float().unsqueeze(-1).unbind(2)  # (B, K, 1) each
+    x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
     # A side counts as at least 1 % of the image: near 0, distances would explode.
-    horizontal = ((layout.x[:, None] + 0.5 - x) / (width.clamp(min=0.01) / 2)) ** 2  # (B, K, W)
-    vertical = ((layout.y[:, None] + 0.5 - y) / (height.clamp(min=0.01) / 2)) ** 2  # (B, K, H)
+    horizontal = ((x - middle_x) / (w.clamp(min=0.01) / 2)) ** 2  # (B, K, width)
+    vertical = ((y - middle_y) / (h.clamp(min=0.01) / 2)) ** 2  # (B, K, height)
     return vertical[..., None] + horizontal[:, :, None]
 
 
@@ -770,43 +660,37 @@ def box_distance(boxes, layout):
 QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)
 
 
-def box_prior(boxes, layout):
+def box_prior(boxes, height, width):
     """Log prior of where a center's tokens are: in head j, a Gaussian over quadrant j of its box.
 
     After SMCA (Gao et al., 2021), which adds a Gaussian around a predicted point to the attention
     logits.  Ours: a quadrant per head.  The mean over a whole object says what the object consists
     of, but not how it is arranged.  With quadrants, a corner at the top left and a corner at the
     bottom right are different features.
-    boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (4, B, N, K).
+    boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
+    Returns (4, B, N, K).
     """
-    x, y, width, height = boxes.unbind(-1)  # (B, K) each
-    # A quadrant is at least one token wide; 1 + 2 * position[0] is a token's side.  A narrower one
-    # could lie between the tokens, and the limit of -20 below would make all tokens equally likely.
-    wide = torch.maximum(width / 2, 1 + 2 * layout.x[:, :1])
-    high = torch.maximum(height / 2, 1 + 2 * layout.y[:, :1])
+    x, y, w, h = boxes.unbind(-1)  # (B, K) each
+    # A quadrant is at least one token wide.  A narrower one could lie between the tokens, and the
+    # limit of -20 below would make all tokens equally likely.
+    w_quadrant, h_quadrant = (w / 2).clamp(min=1 / width), (h / 2).clamp(min=1 / height)
     prior = []
     for right, down in QUADRANTS:
-        quadrant = torch.stack([x + right * width, y + down * height, wide, high], -1)
-        prior.append(-2 * box_distance(quadrant, layout).flatten(2).mT)  # -2: sigma is side / 4
+        quadrant = torch.stack([x + right * w, y + down * h, w_quadrant, h_quadrant], -1)
+        distance = box_distance(quadrant, height, width)  # (B, K, H, W)
+        prior.append(-2 * distance.flatten(2).mT)  # -2: sigma is side / 4
     # At least -20: for tokens far from all boxes, S decides, not which far box is a little nearer.
     return torch.stack(prior).clamp(min=-20)
 
 
-def mask_prior(masks, finest, factor):
+def mask_prior(masks, factor):
     """Log prior from the previous masks: a soft form of Mask2Former's masked attention (2022).
 
     A box also holds what is around an object and in front of it; the mask of the object does not.
-    masks: logits (B, K, H, W).  finest: their layout.  factor: a token covers factor x factor of
-    their pixels.  Returns (B, N, K), at least -10: a center with a wrong mask still sees its box.
+    masks: logits (B, K, H, W).  factor: a token covers factor x factor of their pixels.
+    Returns (B, N, K), at least -10: a center with a wrong mask still sees its box.
     """
-    pool = lambda x: F.avg_pool2d(x, factor, ceil_mode=True)  # at the border, of existing pixels
-    masks = masks.float()
-    if finest.token_mask is None:
-        masks = pool(masks)
-    else:  # the mean over real pixels
-        real = finest.token_mask[:, None].float()
-        masks = pool(masks * real) / pool(real).clamp(min=1e-6)
-    return F.logsigmoid(masks).clamp(min=-10).flatten(2).mT
+    return F.logsigmoid(F.avg_pool2d(masks.float(), factor)).clamp(min=-10).flatten(2).mT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -835,23 +719,18 @@ class DecoderLayer(nn.Module):
         self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
-    def forward(self, centers, boxes, tokens, layout, center_mask=None, masks=None):
+    def forward(self, centers, boxes, tokens, masks=None):
         """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).
 
-        layout: of the map.  center_mask: bool (B, K), or None.  masks: mask_prior of the previous
-        masks, (B, N, K), or None.  Returns centers (B, K, D).
+        masks: mask_prior of the previous masks, (B, N, K), or None.  Returns centers (B, K, D).
         """
-        bias = box_prior(boxes, layout)  # (4, B, N, K)
+        bias = box_prior(boxes, *tokens.shape[1:3])  # (4, B, N, K)
         if masks is not None:
             bias = bias + masks
-        if center_mask is not None:
-            bias = bias + center_bias(center_mask)
-        centers, _ = self.cluster(self.norm(centers), tokens, layout.token_mask, bias)
+        centers, _ = self.cluster(self.norm(centers), tokens, bias)
         x = self.attention_norm(centers)
         bias = self.overlap[:, None, None] * pairwise_iou(boxes)[:, None]  # (B, heads, K, K)
-        if center_mask is not None:
-            bias = bias.masked_fill(~center_mask[:, None, None], -torch.inf)
-        bias = bias.flatten(0, 1)  # (B heads, K, K)
+        bias = bias.flatten(0, 1).to(x.dtype)  # (B heads, K, K)
         centers = centers + self.attention(x, x, x, attn_mask=bias, need_weights=False)[0]
         return centers + self.ffn(centers)
 
@@ -922,10 +801,11 @@ class MaskHead(nn.Module):
         """Embeddings E from the finest map of the neck, (B, H, W, D); all layers share them."""
         return self.pixel(x + self.mlp(x))
 
-    def forward(self, centers, boxes, embeddings, layout):
+    def forward(self, centers, boxes, embeddings):
         """centers: (B, K, D).  boxes: (B, K, 4).  embeddings: (B, H, W, D).  Returns (B, K, H, W)."""
         falloff = self.falloff(centers).float().exp()[..., None]  # (B, K, 1, 1)
-        distance = box_distance(boxes, layout).clamp(max=8)  # far away, distance does not matter
+        # Far away, distance does not matter.
+        distance = box_distance(boxes, *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
         masks = torch.einsum("bkd,bhwd->bkhw", self.center(centers), embeddings)
         return masks - (2 * falloff * distance).to(masks.dtype)
 
@@ -933,26 +813,24 @@ class MaskHead(nn.Module):
 MASK_SAMPLES = 12  # per side: fine enough for a silhouette, and 144 inputs of the classifier
 
 
-def mask_samples(masks, boxes, layout):
+def mask_samples(masks, boxes):
     """Sample masks on a regular grid over their boxes, as RoIAlign (2017) samples features.  Ours.
 
-    masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh as fractions of the image.  layout: of the
-    masks.  Returns (B, K, 144), row by row: 0.5 inside, -0.5 outside, 0 beyond the image.
+    masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh as fractions of the image.
+    Returns (B, K, 144), row by row: 0.5 inside, -0.5 outside, 0 beyond the image.
     """
     pools = []
-    for axis, position in enumerate((layout.x, layout.y)):
+    for axis, length in enumerate((masks.shape[3], masks.shape[2])):
         middle, side = boxes[..., axis, None].float(), boxes[..., axis + 2, None].float()  # (B, K, 1)
         # 1.2 sides: a silhouette needs its border, and a box may be slightly too small.
         samples = middle + side * torch.linspace(-0.6, 0.6, MASK_SAMPLES, device=boxes.device)
-        token = 1 + 2 * position[:, :1, None]  # its side, (B or 1, 1, 1)
-        reach = torch.maximum(side * 1.2 / (MASK_SAMPLES - 1), token)  # half the width of a sample
-        distance = (position[:, None, None] + 0.5 - samples[..., None]).abs() / reach[..., None]
+        # Half the width of a sample: what lies between two of them, and at least a pixel of the mask.
+        reach = (side * 1.2 / (MASK_SAMPLES - 1)).clamp(min=1 / length)
+        distance = (token_positions(length, boxes.device) - samples[..., None]).abs() / reach[..., None]
         pool = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear weights
         pools.append(pool / pool.sum(-1, keepdim=True).clamp(min=1))
     columns, rows = pools
     inside = masks.float().sigmoid() - 0.5
-    if layout.token_mask is not None:
-        inside = inside * layout.token_mask[:, None]
     return (rows @ inside @ columns.mT).flatten(2)
 
 
@@ -980,7 +858,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels = levels
         self.token_norm = nn.LayerNorm(dim)
-        self.initial = InitialCenters(dim)
+        # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
+        # and a small map may still hold many objects.
+        self.initial = InitialCenters(dim, OBJECT_GRID, min_cell=1)
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
@@ -995,49 +875,41 @@ class Decoder(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def predict_centers(self, centers, anchors, embeddings, layout, center_mask):
+    def predict_centers(self, centers, anchors, embeddings):
         """What centers (B, K, D) with anchors (B, K, 4) predict: "boxes", "masks" and "logits".
 
-        embeddings: of the pixels, (B, H, W, D).  layout: of these.
+        embeddings: of the pixels, (B, H, W, D).
         """
         x = self.norm(centers)
         output = dict(boxes=self.box_head(x, anchors))
         if self.mask_head:
             boxes = output["boxes"].detach()
-            output["masks"] = self.mask_head(x, boxes, embeddings, layout)
-            samples = mask_samples(output["masks"].detach(), boxes, layout)
+            output["masks"] = self.mask_head(x, boxes, embeddings)
+            samples = mask_samples(output["masks"].detach(), boxes)
         dtype = self.classifier.weight.dtype
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would tie many scores
             output["logits"] = self.classifier(x.to(dtype))
             if self.mask_head:
                 output["logits"] = output["logits"] + self.mask_classifier(samples.to(dtype))
-        if center_mask is not None:  # e^-100 for centers that an image does not have
-            output["logits"] = output["logits"].masked_fill(~center_mask[..., None], -100.0)
         return output
 
-    def forward(self, maps, layouts):
-        """maps: of the neck, fine to coarse; the last three have strides 8, 16, 32.  layouts: theirs.
+    def forward(self, maps):
+        """maps: of the neck, (B, H, W, D), fine to coarse; the last three have strides 8, 16, 32.
 
         Returns a list of predictions: before the first layer, and after each.
         """
         embeddings = self.mask_head.embed_pixels(maps[0]) if self.mask_head else None
-        finest, layouts = layouts[0], layouts[-3:]
         tokens = [self.token_norm(x) for x in maps[-3:]]
-        # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
-        # and a small map may still hold many objects.
-        height, width = tokens[0].shape[1:3]
-        grid = make_layout(height, width, layouts[0].sizes, maps[0].device, OBJECT_GRID, min_cell=1)
-        centers = self.initial(tokens[0], grid)
-        boxes = cell_boxes(grid).expand(len(centers), -1, -1)  # (B, K, 4)
-        outputs = [self.predict_centers(centers, boxes, embeddings, finest, grid.center_mask)]
+        centers = self.initial(tokens[0])  # (B, K, D)
+        boxes = cell_boxes(*tokens[0].shape[1:3], centers.device).expand(centers.shape[0], -1, -1)
+        outputs = [self.predict_centers(centers, boxes, embeddings)]
         for level, layer in zip(self.levels, self.layers):
             boxes = outputs[-1]["boxes"].detach()  # no gradient from the next layer's losses
             masks = None
             if self.mask_head and len(outputs) > 1:  # not in the first layer: its centers saw one cell
-                masks = mask_prior(outputs[-1]["masks"].detach(), finest, 2**level)
-            i = level - 1
-            centers = layer(centers, boxes, tokens[i], layouts[i], grid.center_mask, masks)
-            outputs.append(self.predict_centers(centers, boxes, embeddings, finest, grid.center_mask))
+                masks = mask_prior(outputs[-1]["masks"].detach(), 2**level)
+            centers = layer(centers, boxes, tokens[level - 1], masks)
+            outputs.append(self.predict_centers(centers, boxes, embeddings))
         if self.training and self.mask_head:
             outputs[-1]["pixels"] = self.mask_head.pixel_classifier(embeddings).permute(0, 3, 1, 2)
         return outputs
@@ -1097,45 +969,37 @@ def hungarian(cost):
     return columns
 
 
-def coverage(masks, truth, stride):
-    """How far padded masks (m, h, w) extend, as multiples of their image's height and width.
+def sample_points(maps, points):
+    """Bilinear samples of maps (n, h, w) at points (n or 1, P, 2), x and y as fractions of the image.
 
-    truth: (n, H, W) masks of the image, without padding.  stride: image pixels per mask pixel.
+    Returns (n, P).
     """
-    return [stride * padded / real for padded, real in zip(masks.shape[1:], truth.shape[1:])]
-
-
-def sample_points(maps, points, cover=(1.0, 1.0)):
-    """Bilinear samples of maps (n, h, w) at points (n or 1, P, 2), x and y as fractions of an image.
-
-    cover: as from coverage().  Returns (n, P).
-    """
-    grid = torch.stack([points[..., 0] * (2 / cover[1]) - 1, points[..., 1] * (2 / cover[0]) - 1], -1)
     if not len(maps):
         return maps.new_zeros(0, points.shape[1])
-    sample = lambda x: F.grid_sample(x, grid[:, None], padding_mode="border", align_corners=False)
+    grid = 2 * points[:, None] - 1  # (n or 1, 1, P, 2), from -1 to 1
+    sample = lambda x: F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     # If all maps are sampled at the same points, they are the channels of one.
     return sample(maps[None])[0, :, 0] if len(points) == 1 else sample(maps[:, None])[:, 0, 0]
 
 
-def uncertain_points(logits, count, cover):
+def uncertain_points(logits, count):
     """Random points (n, count, 2), three of four where a mask is least certain (PointRend, 2020).
 
     A mask is uncertain at its border.  The border decides its quality, but has few of the pixels.
     """
     points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
-    uncertainty = -sample_points(logits, points, cover).abs()  # (n, 3 count)
+    uncertainty = -sample_points(logits, points).abs()  # (n, 3 count)
     most = uncertainty.topk(3 * count // 4, dim=1).indices[..., None].expand(-1, -1, 2)
     rest = torch.rand(len(logits), count - most.shape[1], 2, device=logits.device)
     return torch.cat([points.gather(1, most), rest], 1)
 
 
 @torch.no_grad()
-def matching_cost(output, target, stride, box_classes=None):
+def matching_cost(output, target, box_classes=None):
     """What each pair of a target and a center would cost in the losses below (DETR, Mask2Former).
 
     output: predictions for one image, (n centers, ...).  target, box_classes: as in set_losses.
-    Returns (targets, centers) float32, infinite for centers that the image does not have.
+    Returns (targets, centers) float32.
     """
     labels, boxes, truth = target["labels"], output["boxes"].float(), target["boxes"]
     cost = -LOSS_WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
@@ -1146,7 +1010,7 @@ def matching_cost(output, target, stride, box_classes=None):
     if "masks" in output:
         masks, truth = output["masks"].float(), target["masks"].float()
         points = torch.rand(1, num_points(masks), 2, device=masks.device)
-        logits = sample_points(masks, points, coverage(masks, truth, stride))  # (centers, P)
+        logits = sample_points(masks, points)  # (centers, P)
         truth = sample_points(truth, points)  # (targets, P)
         # Cross-entropy is softplus(x) - x y: one matrix product for all pairs.
         entropy = (F.softplus(logits).sum(1) - truth @ logits.T) / logits.shape[1]
@@ -1154,7 +1018,7 @@ def matching_cost(output, target, stride, box_classes=None):
         shared, total = truth @ probability.T, truth.sum(1)[:, None] + probability.sum(1)
         dice = 1 - (2 * shared + 1) / (total + 1)
         cost += LOSS_WEIGHTS["mask"] * entropy + LOSS_WEIGHTS["dice"] * dice
-    return cost.masked_fill(output["logits"].amax(1) <= -100, torch.inf)
+    return cost
 
 
 def matches_per_target(num_layers, centers, targets):
@@ -1164,7 +1028,7 @@ def matches_per_target(num_layers, centers, targets):
     return [min(times, most) for times in wanted] + [1]
 
 
-def match(outputs, targets, stride, box_classes=None):
+def match(outputs, targets, box_classes=None):
     """Match each target with several centers in the first layers, and with one in the others.
 
     One-to-one matching teaches centers to leave an object to one of them (DETR).  One-to-many
@@ -1180,30 +1044,32 @@ def match(outputs, targets, stride, box_classes=None):
     costs = []
     for image, target in zip(images, targets):
         image = {key: value.flatten(0, 1) for key, value in image.items()}  # (L K, ...)
-        costs.append(matching_cost(image, target, stride, box_classes))
+        costs.append(matching_cost(image, target, box_classes))
     # One copy to the CPU: each copy would wait for the GPU.
     costs = torch.cat(costs).cpu().double().split([len(cost) for cost in costs])
     tables = []
     for cost, target in zip(costs, targets):
         cost = cost.unflatten(1, (L, K)).numpy()  # (n, L, K)
-        centers = np.flatnonzero(~np.isposinf(cost).any((0, 1)))
         kept = np.arange(len(cost))
-        if len(cost) > len(centers):
+        if len(cost) > K:
             box = target["boxes"][:, 2:].prod(1)
             area = target["masks"].flatten(1).sum(1) if "masks" in target else box
-            kept = np.sort(area.argsort(descending=True)[: len(centers)].cpu().numpy())
+            kept = np.sort(area.argsort(descending=True)[:K].cpu().numpy())
         rows = [np.zeros((0, 4))]
-        for layer, times in enumerate(matches_per_target(L, len(centers), len(kept))):
-            chosen = centers[hungarian(np.tile(cost[kept, layer][:, centers], (times, 1)))]
+        for layer, times in enumerate(matches_per_target(L, K, len(kept))):
+            chosen = hungarian(np.tile(cost[kept, layer], (times, 1)))
             layers, weights = np.full(len(chosen), layer), np.full(len(chosen), 1 / times)
             rows.append(np.stack([layers, chosen, np.tile(kept, times), weights], 1))
         tables.append(torch.from_numpy(np.concatenate(rows)).float())
-    table = to_device(torch.cat(tables), outputs["logits"].device)
+    table, device = torch.cat(tables), outputs["logits"].device
+    if device.type == "cuda":  # through pinned memory; otherwise the CPU would wait for the GPU
+        table = table.pin_memory()
+    table = table.to(device, non_blocking=True)
     parts = table.split([len(part) for part in tables])
     return [(*part[:, :3].long().unbind(1), part[:, 3]) for part in parts]
 
 
-def mask_losses(masks, targets, matches, stride):
+def mask_losses(masks, targets, matches):
     """Cross-entropy and dice loss of matched masks at sampled points (Mask2Former), two sums.
 
     masks: logits (B, L, K, h, w).  matches: from match().
@@ -1212,10 +1078,9 @@ def mask_losses(masks, targets, matches, stride):
     # Iterating over `masks` gives it one gradient; masks[i] would give a full-size one per image.
     for image, predicted, (layer, center, target, weight) in zip(targets, masks, matches):
         logits, truth = predicted[layer, center].float(), image["masks"]  # (m, h, w), (n, H, W)
-        cover = coverage(logits, truth, stride)
-        points = uncertain_points(logits.detach(), num_points(logits), cover)
+        points = uncertain_points(logits.detach(), num_points(logits))
         x, y = ((points[..., axis] * truth.shape[2 - axis]).long() for axis in (0, 1))  # (m, P)
-        logits, truth = sample_points(logits, points, cover), truth[target[:, None], y, x].float()
+        logits, truth = sample_points(logits, points), truth[target[:, None], y, x].float()
         each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")  # (m, P)
         entropy = entropy + each.mean(1) @ weight
         probability = logits.sigmoid()
@@ -1233,9 +1098,7 @@ def pixel_loss(pixels, targets, stride):
     costs = -pixels.float().log_softmax(1)
     loss = 0.0 * costs.sum()
     for image, cost in zip(targets, costs):
-        height, width = image["masks"].shape[1:]
-        padding = 0, stride * cost.shape[2] - width, 0, stride * cost.shape[1] - height
-        weights = F.avg_pool2d(F.pad(image["masks"][:, None].float(), padding), stride)[:, 0]
+        weights = F.avg_pool2d(image["masks"].float(), stride)  # (n, h, w)
         weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-6)  # (n, h, w)
         loss = loss + (cost[image["labels"]] * weights).sum()
     return loss
@@ -1248,11 +1111,17 @@ def set_losses(output, targets, stride, box_classes=None):
     box_classes: bool (classes,), the classes that are matched and trained by boxes; None: all.
     Returns a dictionary of scalars: label, l1, giou; mask and dice
     if there are masks, and then in training also pixel.
+    Raises ValueError for masks of another size than the images, which would be compared shifted.
     """
+    if "masks" in output:
+        size = tuple(stride * side for side in output["masks"].shape[2:])
+        for target in targets:
+            if target["masks"].shape[1:] != size:
+                raise ValueError(f"masks must be (n, *{size}), as the images, got {tuple(target['masks'].shape)}")
     layers = [*output["aux"], output]
     keys = [key for key in ("logits", "boxes", "masks") if key in output]
     outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ..)
-    matches = match(outputs, targets, stride, box_classes)
+    matches = match(outputs, targets, box_classes)
     layer, center, _, weight = map(torch.cat, zip(*matches))
     chosen = [index for _, _, index, _ in matches]
     image = torch.cat([torch.full_like(index, i) for i, index in enumerate(chosen)])
@@ -1270,7 +1139,7 @@ def set_losses(output, targets, stride, box_classes=None):
     losses["l1"] = (boxes - truth).abs().sum(1) @ box_weight
     losses["giou"] = (1 - giou) @ box_weight
     if "masks" in outputs:
-        losses["mask"], losses["dice"] = mask_losses(outputs["masks"], targets, matches, stride)
+        losses["mask"], losses["dice"] = mask_losses(outputs["masks"], targets, matches)
     if "pixels" in output:
         losses["pixel"] = pixel_loss(output["pixels"], targets, stride)
     return {name: LOSS_WEIGHTS[name] * value for name, value in losses.items()}
@@ -1279,15 +1148,28 @@ def set_losses(output, targets, stride, box_classes=None):
 # --------------------------------------------------------------------------------------------------
 # 10. Final predictions of the dense tasks
 # --------------------------------------------------------------------------------------------------
-def resize_masks(masks, image_size, stride, size):
-    """Mask logits (K, h, w) at a stride of a padded image -> (K, H, W) float32 of the final size.
+def mask_bands(masks, stride, image_size, size, rows=64):
+    """Mask probabilities in the final size, a band of rows after the other.
 
-    image_size: (H, W) of the image without padding.  size: the final (H, W).
+    In one piece, 100 masks of a photograph of 12 megapixels would take 4.8 GB.
+    masks: logits (K, h, w) at a stride of the padded image.  image_size: (H, W) of the image without
+    its padding.  size: the final (H, W).
+    Yields slices of rows, and probabilities (K, rows of the slice, W) float32.
     """
-    height, width = image_size
-    masks = masks[:, : -(-height // stride), : -(-width // stride)].float()  # without padding
-    masks = F.interpolate(masks[None], scale_factor=stride, mode="bilinear")[:, :, :height, :width]
-    return masks[0] if size == image_size else F.interpolate(masks, size, mode="bilinear")[0]
+
+    def stretch(x, axis):
+        """Bilinear resizing along the last axis of (a, b, n): to pixels of the image, then of the result."""
+        x = F.interpolate(x, scale_factor=stride, mode="linear")[..., : image_size[axis]]
+        return x if size[axis] == image_size[axis] else F.interpolate(x, size[axis], mode="linear")
+
+    masks = masks.float()
+    weights = stretch(torch.eye(masks.shape[1], device="cpu")[None], 0)[0]  # (h, H): rows of rows
+    for start in range(0, size[0], rows):
+        part = weights[:, start : start + rows]
+        near = part.any(1).nonzero()[:, 0].tolist()  # the rows of the masks that this band lies in
+        first, end = near[0], near[-1] + 1
+        part = part[first:end].to(masks)
+        yield slice(start, start + rows), (part.mT @ stretch(masks[:, first:end], 1)).sigmoid()
 
 
 def top_detections(probability, boxes, threshold=0.6):
@@ -1306,37 +1188,59 @@ def top_detections(probability, boxes, threshold=0.6):
     return scores[keep], labels[keep], centers[keep]
 
 
-def semantic_map(probability, masks):
+def instance_masks(masks, centers, size):
+    """Masks of some centers, and the mean probability inside of each.
+
+    masks: mask_bands.  centers: (n,) int64.  Returns bool (n, H, W) and float32 (n,).
+    """
+    inside = torch.empty(len(centers), *size, dtype=torch.bool, device=centers.device)
+    total = count = torch.zeros(len(centers), device=centers.device)
+    for rows, probability in masks:
+        probability = probability[centers]
+        inside[:, rows] = probability > 0.5
+        total = total + (probability * inside[:, rows]).sum((1, 2))
+        count = count + inside[:, rows].sum((1, 2))
+    return inside, total / count.clamp(min=1)
+
+
+def semantic_map(probability, masks, size):
     """Class of each pixel: the largest sum over centers of class probability times mask.
 
-    MaskFormer's (2021). probability: (K, classes). masks: (K, H, W) logits.  Returns int64 (H, W).
+    MaskFormer's (2021). probability: (K, classes). masks: mask_bands.  Returns int64 (H, W).
     """
-    with torch.autocast(masks.device.type, enabled=False):  # bfloat16 would tie two classes
-        return torch.einsum("kc,khw->chw", probability, masks.sigmoid()).argmax(0)
+    labels = torch.empty(size, dtype=torch.int64, device=probability.device)
+    for rows, mask in masks:
+        labels[rows] = torch.einsum("kc,khw->chw", probability, mask).argmax(0)
+    return labels
 
 
-def panoptic_segments(probability, masks, things, threshold=0.25, overlap=0.6):
+def panoptic_segments(probability, masks, things, size, threshold=0.25, overlap=0.6):
     """Segment of each pixel: one per center for things, one per class for stuff.  MaskFormer's.
 
     Centers below the threshold (Mask DINO's) are ignored.  A pixel goes to the center whose
     probability times mask is largest, if that mask is above 0.5 there.  A center that wins less
     than `overlap` of its mask is a duplicate, and gets no segment.
-    probability: (K, classes).  masks: (K, H, W) logits.  things: list of bool, True: countable.
+    probability: (K, classes).  masks: mask_bands.  things: list of bool, True: countable.
     Returns ids, int64 (H, W), 0 for none, and a list of {"id", "label", "isthing", "score"}.
     """
     scores, labels = probability.max(1)
-    confident = scores > threshold
-    scores, labels, masks = scores[confident], labels[confident], masks[confident].sigmoid()
-    ids = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
+    (confident,) = (scores > threshold).nonzero(as_tuple=True)
+    ids = torch.zeros(size, dtype=torch.int64, device=scores.device)
     segments, stuff = [], {}  # stuff: class -> its segment
-    if not len(scores):
+    if not len(confident):
         return ids, segments
-    winner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
-    for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
-        inside = masks[k] > 0.5
-        won = inside & (winner == k)
-        if won.sum() == 0 or won.sum() < overlap * inside.sum():
+    winner, area = torch.full_like(ids, -1), 0  # -1: the best mask is below 0.5
+    for rows, mask in masks:
+        mask = mask[confident]
+        area = area + (mask > 0.5).sum((1, 2))
+        best = (scores[confident, None, None] * mask).argmax(0)  # (rows, W)
+        sure = mask.gather(0, best[None])[0] > 0.5
+        winner[rows] = torch.where(sure, best, -1)
+    won = (winner.flatten() + 1).bincount(minlength=len(confident) + 1)[1:]  # pixels of each center
+    for k, center in enumerate(confident.tolist()):
+        if won[k] == 0 or won[k] < overlap * area[k]:
             continue
+        label, score = labels[center].item(), scores[center].item()
         if label in stuff:
             segment = stuff[label]
             segment["score"] = max(segment["score"], score)
@@ -1345,7 +1249,7 @@ def panoptic_segments(probability, masks, things, threshold=0.25, overlap=0.6):
             segments.append(segment)
             if not things[label]:
                 stuff[label] = segment
-        ids[won] = segment["id"]
+        ids[winner == k] = segment["id"]
     return ids, segments
 
 
@@ -1360,14 +1264,13 @@ class DenseHead(nn.Module):
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
         super().__init__()
         self.finest = 0 if self.with_masks else 1  # only masks need the map at stride 4
-        self.stride = backbone.strides[0]  # of the masks
+        self.stride, self.coarsest = backbone.strides[0], backbone.strides[3]  # of masks; sides are multiples of it
         self.neck = Neck(backbone.channels[self.finest :], size["dim"])
         self.decoder = Decoder(size["dim"], size["levels"], num_classes, iterations, self.with_masks)
 
-    def forward(self, maps, layouts):
-        """maps: of the backbone, four (B, H, W, C).  layouts: of these.  Returns predictions."""
-        maps, layouts = maps[self.finest :], layouts[self.finest :]
-        *earlier, last = self.decoder(self.neck(maps, layouts), layouts)
+    def forward(self, maps):
+        """maps: of the backbone, four (B, H, W, C).  Returns predictions."""
+        *earlier, last = self.decoder(self.neck(maps[self.finest :]))
         return last | {"aux": earlier}
 
     def loss(self, output, targets):
@@ -1378,15 +1281,21 @@ class DenseHead(nn.Module):
         """Number of targets, so that each target counts the same, in crowded images and others."""
         return sum(len(target["labels"]) for target in targets)
 
-    def predict(self, output, image_sizes, sizes):
-        """One dictionary per image.  image_sizes: (H, W) of images.  sizes: of their predictions."""
+    def predict(self, output, image_size, sizes):
+        """One dictionary per image.
+
+        output: for images of size (H, W) that were padded at the bottom and right.  sizes: the final
+        (H, W) of each.
+        """
+        height, width = (-(-side // self.coarsest) * self.coarsest / side for side in image_size)
+        padded = torch.tensor([width, height] * 2, device=output["boxes"].device)  # in sides of the image
         predictions = []
-        for i, (image_size, size) in enumerate(zip(image_sizes, sizes)):
+        for i, size in enumerate(sizes):
             probability = class_probability(output["logits"][i])  # (K, classes)
+            boxes = output["boxes"][i].float() * padded  # fractions of the image
             masks = None
             if self.with_masks:
-                masks = resize_masks(output["masks"][i], image_size, self.stride, size)
-            boxes = output["boxes"][i].float()
+                masks = mask_bands(output["masks"][i], self.stride, image_size, size)
             predictions.append(self.predict_image(probability, boxes, masks, size))
         return predictions
 
@@ -1412,21 +1321,20 @@ class InstanceHead(DenseHead):
 
     def predict_image(self, probability, boxes, masks, size):
         scores, labels, centers = top_detections(probability, boxes)
-        masks = masks.sigmoid()
-        inside = masks > 0.5
-        quality = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)  # (K,)
-        scores = scores * quality[centers]
+        masks, quality = instance_masks(masks, centers, size)
+        scores = scores * quality
         order = scores.argsort(descending=True)
-        scores, labels, centers = scores[order], labels[order], centers[order]
-        boxes = pixel_boxes(boxes[centers], size)
-        return {"scores": scores, "labels": labels, "boxes": boxes, "masks": inside[centers]}
+        for rows in masks.split(64, dim=1):  # in place: all masks of a large photograph take a gigabyte
+            rows.copy_(rows[order])
+        boxes = pixel_boxes(boxes[centers[order]], size)
+        return {"scores": scores[order], "labels": labels[order], "boxes": boxes, "masks": masks}
 
 
 class SemanticHead(DenseHead):
     """sem: the class of each pixel."""
 
     def predict_image(self, probability, boxes, masks, size):
-        return {"semantic": semantic_map(probability, masks)}
+        return {"semantic": semantic_map(probability, masks, size)}
 
 
 class PanopticHead(DenseHead):
@@ -1446,7 +1354,7 @@ class PanopticHead(DenseHead):
         return set_losses(output, targets, self.stride, box_classes=self.things)
 
     def predict_image(self, probability, boxes, masks, size):
-        ids, segments = panoptic_segments(probability, masks, self.things.tolist())
+        ids, segments = panoptic_segments(probability, masks, self.things.tolist(), size)
         return {"panoptic": ids, "segments": segments}
 
 
@@ -1460,6 +1368,14 @@ TASKS = {  # a new task is one class, with the methods and the constructor of th
     "sem": SemanticHead,
     "pan": PanopticHead,
 }
+
+
+def pad_to_stride(images, stride, color):
+    """Pad images (B, 3, H, W) at the bottom and right to multiples of stride.  color: (3, 1, 1)."""
+    height, width = images.shape[2:]
+    padded = color.to(images).repeat(len(images), 1, -(-height // stride) * stride, -(-width // stride) * stride)
+    padded[:, :, :height, :width] = images
+    return padded
 
 
 class ClusterFormer(nn.Module):
@@ -1498,20 +1414,19 @@ class ClusterFormer(nn.Module):
         self.head = TASKS[task](self.backbone, size, num_classes, iterations, label_smoothing, things)
 
     def forward(self, images):
-        """images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W); any H, W >= 32.
+        """images: float RGB in [0, 1], (B, 3, H, W); H, W multiples of 32 (of 16 with patch_size 2).
 
         Returns for cls {"logits": (B, classes)}, and for the dense tasks
             "logits"  (B, K, classes)  see class_probability.  K = 100 centers, or fewer if the map at
                                        stride 8 has fewer than 10 x 10 tokens
-            "boxes"   (B, K, 4)        cxcywh as fractions of the image without padding
+            "boxes"   (B, K, 4)        cxcywh as fractions of the image
             "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for the earlier layers, first to last
             "pixels"  (B, classes, H/4, W/4), with masks, in training: logits of the pixels' classes
         Raises ValueError for a wrong shape or dtype.  It does not check values: that would wait for
         the GPU in every step.
         """
-        check_images(images)
-        return self.head(*self.backbone.features(*batch_images(images)))
+        return self.head(self.backbone.features(images))
 
     def loss(self, output, targets):
         """Losses of a batch: a dictionary of scalars, sums over its images (cls) or targets.
@@ -1523,9 +1438,10 @@ class ClusterFormer(nn.Module):
             dense tasks  a list of a dictionary per image, with n >= 0 targets:
                 "labels"  (n,) int64
                 "boxes"   (n, 4) float32, cxcywh as fractions of the image
-                "masks"   (n, H, W) bool, in the size of the image; not for det.  inst: of objects;
+                "masks"   (n, H, W) bool, in the size of the images; not for det.  inst: of objects;
                           sem: of each class that occurs, or of its regions; pan: of each thing, and
                           of each class of stuff.  An unlabeled pixel is in no mask.
+        Raises ValueError for masks of another size.
         """
         return self.head.loss(output, targets)
 
@@ -1535,10 +1451,13 @@ class ClusterFormer(nn.Module):
 
     @torch.no_grad()
     def predict(self, images, sizes=None):
-        """Final predictions, in evaluation mode.
+        """Final predictions, in evaluation mode, for images of any sizes.
 
-        images: as in forward; raises ValueError also for a value outside of [0, 1].
+        Images are padded at the bottom and right with the mean color, and what is returned is cropped.
+        Images of one size make a batch; others go through the model one after the other.
+        images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W); H, W >= 32.
         sizes: a list of (H, W) in which boxes and maps are returned; None: those of the images.
+        Raises ValueError for other images, and for a value outside of [0, 1].
         Returns one dictionary per image:
             cls   "scores" (5,) float32, highest first, and "labels" (5,) int64; or fewer
             det   "scores" (n,), highest first, "labels" (n,), "boxes" (n, 4) xyxy in pixels; n <= 100
@@ -1547,25 +1466,31 @@ class ClusterFormer(nn.Module):
             pan   "panoptic" (H, W) int64, the segment of each pixel, 0 for none, and "segments", a
                   list of {"id": int, "label": int, "isthing": bool, "score": float}
         """
-        check_images(images)
+        images = list(images)
         for image in images:
-            low, high = image.aminmax()
-            if not (low >= 0 and high <= 1):  # NaN fails, too
-                raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")
-        training = self.training
+            check_image(image)
+        sizes = [image.shape[1:] for image in images] if sizes is None else sizes
+        sizes = [tuple(size) for size in sizes]
+        stacked = len({image.shape for image in images}) == 1
+        batches = [torch.stack(images)] if stacked else [image[None] for image in images]
+        training, predictions = self.training, []
         self.eval()
         try:
-            output = self(images)
+            for batch in batches:
+                output = self(pad_to_stride(batch, self.backbone.strides[-1], self.backbone.mean))
+                rest = sizes[len(predictions) :][: len(batch)]
+                with torch.autocast(batch.device.type, enabled=False):  # bfloat16 would tie two classes
+                    predictions += self.head.predict(output, tuple(batch.shape[2:]), rest)
         finally:
             self.train(training)
-        image_sizes = [tuple(image.shape[-2:]) for image in images]
-        sizes = image_sizes if sizes is None else [tuple(size) for size in sizes]
-        return self.head.predict(output, image_sizes, sizes)
+        return predictions
 
 
+@torch.no_grad()
 def trace(model, images):
     """Record every clustering in a model: a ClusterFormer, a Backbone, or what contains them.
 
+    It runs in evaluation mode, without gradients.  images: as for the model's forward.
     Returns a list of dictionaries, in the order in which the clusterings run:
         "name"         of the module, such as "backbone.stages.1.0.cluster"
         "size"         (H, W) of its N tokens
@@ -1579,9 +1504,12 @@ def trace(model, images):
     found = {name: x for name, x in modules if isinstance(x, RecurrentCrossAttentionClustering)}
     for name, module in found.items():
         module.history = dict(name=name)
+    training = model.training
+    model.eval()
     try:
         model(images)
         return [module.history for module in found.values()]
     finally:
+        model.train(training)
         for module in found.values():
             module.history = None
