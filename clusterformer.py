@@ -393,14 +393,12 @@ def check_images(images, stride):
 
 
 def check_image(image):
-    """Raise ValueError unless an image is float RGB in [0, 1], (3, H, W), with H, W >= 32."""
-    if not isinstance(image, torch.Tensor) or image.ndim != 3 or image.shape[0] != 3:
+    """Raise ValueError unless an image is float RGB in [0, 1], (3, H, W)."""
+    if not isinstance(image, torch.Tensor) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
         raise ValueError(f"predict takes a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {got} in it")
     if not image.is_floating_point():
         raise ValueError(f"images must be float RGB in [0, 1], got {image.dtype}; divide by 255")
-    if min(image.shape[1:]) < 32:
-        raise ValueError(f"images must be at least 32 x 32 pixels, got {image.shape[1]} x {image.shape[2]}")
     low, high = image.aminmax()
     if not (low >= 0 and high <= 1):  # NaN fails, too
         raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")
@@ -1455,7 +1453,7 @@ class ClusterFormer(nn.Module):
 
         Images are padded at the bottom and right with the mean color, and what is returned is cropped.
         Images of one size make a batch; others go through the model one after the other.
-        images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W); H, W >= 32.
+        images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W).
         sizes: a list of (H, W) in which boxes and maps are returned; None: those of the images.
         Raises ValueError for other images, and for a value outside of [0, 1].
         Returns one dictionary per image:
@@ -1467,6 +1465,8 @@ class ClusterFormer(nn.Module):
                   list of {"id": int, "label": int, "isthing": bool, "score": float}
         """
         images = list(images)
+        if not images:
+            raise ValueError("images must hold at least one image")
         for image in images:
             check_image(image)
         sizes = [image.shape[1:] for image in images] if sizes is None else sizes

@@ -23,7 +23,6 @@ import pickle
 import re
 import signal
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +32,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.datasets.folder import is_image_file, make_dataset
 from torchvision.ops import box_convert, masks_to_boxes
@@ -371,31 +370,14 @@ def box_tensor(boxes, size):
     return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
 
 
-class Rescale(v2.Transform):
-    """Resize to sides of at most `short` and `long`, times a random factor in [low, high].
-
-    Unlike v2.Resize and v2.ScaleJitter, it keeps both sides at 32 pixels or more, which the model
-    needs.  This stretches extreme panoramas; boxes as fractions of the image remain correct.
-    """
-
-    def __init__(self, short, long, low=1.0, high=1.0):
-        super().__init__()
-        self.short, self.long, self.low, self.high = short, long, low, high
-
-    def make_params(self, flat_inputs):
-        sides = functional.get_size(flat_inputs[0])
-        factor = min(self.short / min(sides), self.long / max(sides))
-        factor *= self.low + (self.high - self.low) * torch.rand(()).item()
-        return dict(size=[max(32, round(factor * side)) for side in sides])
-
-    def transform(self, value, params):
-        return functional.resize(value, params["size"])  # masks: nearest pixel; images: antialiased
-
-
 def dense_train_transform(task, size, least, color):
-    """Augmentation of an image and its target; training_sample then crops to `size`.
+    """Augmentation of an image and its target, and a random crop of size x size pixels.
 
-    least: smallest of the random factors by which images are resized; the largest is 2.
+    Where the resized image is smaller, the crop is padded, at a random place, with the mean color: no
+    object, and void for sem and pan.
+    least: smallest of the random factors by which images are resized; the largest is 2.  It should not
+    be far below 1: centers start from the cells of a grid over the crop, and cells of padding have
+    nothing to find.
     color: strength of random brightness, contrast, saturation and hue; 1 is usual for ADE20K.
     """
     # Colors come first, while the image is small.  RandomPhotometricDistort would also swap red and
@@ -403,17 +385,22 @@ def dense_train_transform(task, size, least, color):
     steps = [v2.ColorJitter(0.125 * color, 0.5 * color, 0.5 * color, 0.05 * color)] if color else []
     # The unit is what fits into size x size, as in COCO's large-scale jitter.  For sem it is a short
     # side of `size`, as for ADE20K.
-    steps += [Rescale(size, 4 * size if task == "sem" else size, least, 2.0), v2.RandomHorizontalFlip()]
-    return v2.Compose(steps)
+    if task == "sem":
+        steps.append(v2.RandomShortestSize(range(round(least * size), 2 * size + 1), max_size=8 * size))
+    else:
+        steps.append(v2.ScaleJitter((size, size), (least, 2.0)))
+    fill = {tv_tensors.Image: MEAN_COLOR, "others": 0}
+    crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(), crop])
 
 
-def dense_eval_transform(size, max_size):
-    """Resize the short side to `size`, or less, so that the long side is at most `max_size`."""
-    return Rescale(size, max_size)
+def dense_eval_transform(task, size):
+    """Resize the short side to `size`; except for sem, the long side has at most 1333 / 800 of it."""
+    return v2.Resize(size, max_size=None if task == "sem" else size * 1333 // 800)
 
 
-def training_sample(image, labels, boxes, masks, transform, crop):
-    """Augment an image and its target, and take a random crop of at most crop x crop pixels.
+def training_sample(image, labels, boxes, masks, transform):
+    """Augment an image and its target.
 
     image: tv_tensors.Image.  labels: n ints.  boxes: from box_tensor, or None if there are masks.
     masks: bool (n, H, W); or a map (H, W) from numbered(), if they do not overlap, because one map is
@@ -425,8 +412,6 @@ def training_sample(image, labels, boxes, masks, transform, crop):
     else:  # resizing bool converts it to float, which is nine times slower than uint8
         parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
-    size = [min(crop, side) for side in image.shape[-2:]]  # without padding
-    image, parts = v2.RandomCrop(size)(image, parts)
     labels = parts["labels"]
     if masks is not None and masks.ndim == 2:
         cropped = parts["masks"].as_subclass(torch.Tensor)
@@ -434,7 +419,8 @@ def training_sample(image, labels, boxes, masks, transform, crop):
         labels, masks = labels[present], cropped == (present + 1).view(-1, 1, 1)
     elif masks is not None:
         masks = parts["masks"].as_subclass(torch.Tensor).bool()
-    return image.as_subclass(torch.Tensor), target_of(labels, parts.get("boxes"), masks, size)
+    target = target_of(labels, parts.get("boxes"), masks, tuple(image.shape[-2:]))
+    return image.as_subclass(torch.Tensor), target
 
 
 def numbered(values, numbers):
@@ -466,11 +452,11 @@ class Dense(Dataset):
     `classes` are names, `things` says which are countable, and `categories` are their numbers in the
     files.  A row of `images` is file name, number, and more.
 
-    In training, data[epoch, index] is an image, uint8 (3, H, W), and its target, a dictionary:
+    In training, data[epoch, index] is a crop, uint8 (3, size, size), and its target, a dictionary:
         labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
         boxes   (n, 4) float32       center x, center y, width, height, as fractions of the image
-        masks   (n, H, W) bool       not for det
-    In evaluation (no crop), it has the image's `index` and its `size` (H, W) in the file.  The ground
+        masks   (n, size, size) bool not for det
+    In evaluation, it has the image's `index` and its `size` (H, W) in the file.  The ground
     truth comes from coco() for det and inst, label_map(index) for sem, segments(index) for pan.
     """
 
@@ -485,11 +471,13 @@ class Dense(Dataset):
     def __getitem__(self, key):
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(key[1]))))
         size = tuple(image.shape[-2:])
-        if self.crop is None:
+        if max(size) > 100 * min(size):  # resized to the usual sizes, no pixel would be left
+            raise Unreadable(f"{self.name(key[1])}: {size[1]} x {size[0]} pixels are too thin; remove or cut it")
+        if self.split == "val":
             return self.transform(image).as_subclass(torch.Tensor), dict(index=key[1], size=size)
         target = self.truth(key[1], size)
         with seeded(self.seed, *key):
-            return training_sample(image, *target, self.transform, self.crop)
+            return training_sample(image, *target, self.transform)
 
 
 def check_size(path, size, other, whose):
@@ -640,8 +628,8 @@ class Coco(Dense):
     classes: names of the model's classes, which define the labels; None: use those of the file.
     """
 
-    def __init__(self, root, split, task, transform, crop=None, seed=0, classes=None):
-        self.task, self.transform, self.crop, self.seed = task, transform, crop, seed
+    def __init__(self, root, split, task, transform, seed=0, classes=None):
+        self.task, self.split, self.transform, self.seed = task, split, transform, seed
         self.find(root, split)
         images, categories, annotations, parts = self.read()
         self.crowds = sum(part["iscrowd"] for part in parts)
@@ -821,8 +809,8 @@ class Ade(Dense):
     DIR/objectInfo150.txt                          class names, at the ends of rows, after a tab; optional
     """
 
-    def __init__(self, root, split, transform, crop=None, seed=0, classes=None):
-        self.transform, self.crop, self.seed = transform, crop, seed
+    def __init__(self, root, split, transform, seed=0, classes=None):
+        self.split, self.transform, self.seed = split, transform, seed
         split = dict(train="training", val="validation")[split]
         self.folder, self.maps = (os.path.join(root, x, split) for x in ("images", "annotations"))
         need(root, self.folder, self.maps, takes=f"DIR/{{images,annotations}}/{split}/")
@@ -989,27 +977,10 @@ class SkipBroken(Dataset):
     processes.
     """
 
-    def __init__(self, dataset, workers=0):
+    def __init__(self, dataset):
         self.dataset = dataset
-        # In memory that is shared with the workers:
-        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # found so far
-        self.reading = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()  # pid, index
-
-    def read(self, loader):
-        """Batches of the loader.  Raises InputError with the name of the file if a worker dies."""
-        try:
-            try:
-                yield from loader
-            except (OSError, EOFError):  # a dying worker can break a connection before torch notices,
-                time.sleep(5)  # which then raises RuntimeError here
-                raise
-        except RuntimeError as error:
-            dead = re.findall(r"\d+", str(error)) if "DataLoader worker" in str(error) else []
-            names = [self.dataset.name(i) for pid, i in self.reading.tolist() if str(pid) in dead]
-            if not names:
-                raise
-            what = f"a loader process died with it ({str(error).splitlines()[0]})"
-            raise InputError(f"{', '.join(names)}: {what}; remove it, or lower --workers") from error
+        # Found so far, in memory that is shared with the workers:
+        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.dataset)
@@ -1018,8 +989,6 @@ class SkipBroken(Dataset):
         """key: (epoch, index)."""
         epoch, index = key
         while True:
-            if worker := get_worker_info():
-                self.reading[worker.id] = torch.tensor([os.getpid(), index])
             try:
                 return self.dataset[epoch, index]
             except InputError as error:
@@ -1028,6 +997,27 @@ class SkipBroken(Dataset):
                 self.broken[index] = True
                 count_broken(int(self.broken.sum()), len(self), error)
                 index = (index + 1) % len(self)
+
+
+def batches_of(loader):
+    """The batches of a loader, whose processes end with them, however that may be.
+
+    Python would end them by SIGTERM, which ignore_signals() ignores, and wait for them forever.
+    Raises InputError if one of them has died.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    except (OSError, EOFError, RuntimeError) as error:
+        lost = re.search("DataLoader worker .*|.*(shared memory|shm|No space left).*", str(error))
+        if not lost and isinstance(error, RuntimeError):
+            raise
+        what = f"a loader process was lost ({lost[0] if lost else error})"
+        remedy = "--workers 0 works without; Docker needs --ipc=host for their shared memory"
+        raise InputError(f"{what}; if memory ran out, lower --workers; {remedy}") from error
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # torch has no public name for it
 
 
 def ignore_interrupts(worker):
@@ -1086,14 +1076,20 @@ class GlobalBatches(Sampler):
                 yield [(epoch, index) for index in first + batch[start : start + self.chunk]]
 
 
-def collate(samples):
-    """A batch of a dense data set: a list of images, whose sizes differ, and a list of targets."""
+def lists(samples):
+    """A batch in evaluation: a list of images, whose sizes may differ, and a list of targets."""
     return [list(part) for part in zip(*samples)]
+
+
+def stacked(samples):
+    """A batch of a dense task in training: images (B, 3, H, W), and a list of targets."""
+    images, targets = zip(*samples)
+    return torch.stack(images), list(targets)
 
 
 def as_float(images):
     """uint8 images to float32 in [0, 1]; on the device, so that fewer bytes are copied."""
-    return [*map(as_float, images)] if isinstance(images, list) else images.float() / 255
+    return images.float() / 255
 
 
 def mix(images, labels, num_classes, mixup, cutmix, seed, step):

@@ -41,10 +41,9 @@ from torchvision.transforms.v2 import functional
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
-from clusterformer import VERSION, ClusterFormer, make_layout, trace
-from data import Ade, Coco, Folder, InputError, Shapes, as_float, check, collate
-from data import dense_eval_transform, eval_transform, ignore_interrupts, is_hidden
-from data import load_image, loader_of
+from clusterformer import VERSION, ClusterFormer, grid_shape, pad_to_stride, trace
+from data import Ade, Coco, Folder, InputError, Shapes, as_float, check, dense_eval_transform
+from data import eval_transform, ignore_interrupts, is_hidden, lists, load_image, loader_of
 
 METRIC = dict(cls="top1", det="AP", inst="mask_AP", sem="miou", pan="PQ")  # it chooses best.pt
 COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
@@ -103,11 +102,6 @@ def load_checkpoint(path):
     return model.eval(), checkpoint
 
 
-def dense_transform(task, size):
-    """Resize the short side to `size`; except for sem, limit the long side to 1333 / 800 of it."""
-    return dense_eval_transform(size, math.inf if task == "sem" else size * 1333 / 800)
-
-
 def validation_set(data, image_size, task="cls", classes=None):
     """The held-out images.  data: None for shapes, or a folder in the task's layout.
 
@@ -117,7 +111,7 @@ def validation_set(data, image_size, task="cls", classes=None):
         return Shapes(2000 if task == "cls" else 500, image_size, seed=0, split="val", task=task)
     if task == "cls":
         return Folder(data, "val", eval_transform(image_size), classes=classes)
-    transform = dense_transform(task, image_size)
+    transform = dense_eval_transform(task, image_size)
     if task == "sem":
         return Ade(data, "val", transform, classes=classes)
     return Coco(data, "val", task, transform, classes=classes)
@@ -128,8 +122,8 @@ def validation_set(data, image_size, task="cls", classes=None):
 # --------------------------------------------------------------------------------------------------
 def run_lengths(masks):
     """Masks, bool (n, H, W), as the n run-length encodings of COCO's files."""
-    columns = masks.mT.contiguous().byte().cpu().numpy().T  # (H, W, n): runs go down columns
-    encoded = mask_utils.encode(columns)
+    # One by one: a copy of all masks of a large photograph would take a gigabyte.  Runs go down columns.
+    encoded = [mask_utils.encode(mask.mT.contiguous().byte().cpu().numpy().T) for mask in masks]
     return [dict(size=rle["size"], counts=rle["counts"].decode()) for rle in encoded]
 
 
@@ -340,14 +334,14 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     task, distributed = model.task, dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
-    options = dict(batch_size=batch_size, collate_fn=collate, worker_init_fn=ignore_interrupts)
+    options = dict(batch_size=batch_size, collate_fn=lists, worker_init_fn=ignore_interrupts)
     loader = loader_of(dataset, workers, device, sampler=keys, **options)
     folder = save and {"sem": save, "pan": save.removesuffix(".json")}.get(task)
     if folder:
         os.makedirs(folder, exist_ok=True)
     kept = []  # results of score_image() on this process
     for images, targets in tqdm(loader, "evaluate", leave=False, disable=True if rank else None):
-        images = as_float([image.to(device, non_blocking=True) for image in images])
+        images = [as_float(image.to(device, non_blocking=True)) for image in images]
         sizes = None if task == "cls" else [tuple(target["size"]) for target in targets]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             predictions = model.predict(images, sizes)
@@ -509,17 +503,18 @@ def prediction_panels(found, names, task, image, size):
     return [("image", panel), (title, write(picture, captions))]
 
 
-def grid_assignment(height, width, device=None):
-    """Grid cells as clusters, (1, K, N): the weight of each token in the mean of each cell."""
-    layout = make_layout(height, width, device=device)
-    weights = layout.row_pool[:, :, None, :, None] * layout.column_pool[:, None, :, None]
-    return weights.flatten(3).flatten(1, 2)
+def grid_assignment(height, width):
+    """Grid cells as clusters, (K, N): the weight of each token in the mean of each cell."""
+    pools = [
+        F.adaptive_avg_pool1d(torch.eye(tokens)[None], cells)[0].T  # (cells, tokens)
+        for tokens, cells in zip((height, width), grid_shape(height, width))
+    ]
+    return torch.kron(*pools)
 
 
 def cluster_panels(model, image):
     """Clusters in the last block of each stage, and in each iteration of one block."""
-    with torch.no_grad():
-        history = trace(model, [image])
+    history = trace(model, pad_to_stride(image[None], model.backbone.strides[-1], model.backbone.mean))
     panel = panel_of(image, 320)
 
     def clusters(assignment, block, stride):
@@ -534,7 +529,7 @@ def cluster_panels(model, image):
         title = f"stage {i + 1}, stride {stride}: {steps[-1].shape[1]} clusters"
         stages.append((title, clusters(steps[-1], block, stride)))
         if i == 0:
-            first = clusters(grid_assignment(*block["size"]), block, stride)
+            first = clusters(grid_assignment(*block["size"])[None], block, stride)
             iterations.append((f"stage {i + 1}: C(0), the grid", first))
             for t, M in enumerate(steps):
                 iterations.append((f"E-step {t + 1}: M({t})", clusters(M, block, stride)))
@@ -549,17 +544,17 @@ def explain(model, image, weights):
     bias plus the sum of all contributions.  This is exact for given weights of the means.  It does
     not explain how these weights depend on the image, or how the backbone computes the tokens.
     """
-    head = model.head
+    head, image = model.head, pad_to_stride(image[None], model.backbone.strides[-1], model.backbone.mean)
     with torch.no_grad():
-        value = model([image])["logits"][0] @ weights
-        entry = trace(model, [image])[-1]  # the head's clustering
+        value = model.eval()(image)["logits"][0] @ weights
+        entry = trace(model, image)[-1]  # the head's clustering
         C, tokens, size = entry["centers"][-1][0], entry["tokens"][0], entry["size"]  # (K, D), (N, D)
         # Weights of the channels of C.  They include the norm: mean, standard deviation and scale.
         w = weights @ head.classifier.weight * head.center_norm.weight  # (D,)
         deviation = (C.var(1, correction=0, keepdim=True) + head.center_norm.eps).sqrt()  # (K, 1)
         w = (w - w.mean()) / deviation / len(C)  # (K, D)
         # Contributions through C(0), then through the iterations.
-        contributions = grid_assignment(*size, image.device)[0] * (w @ tokens.T)  # (K, N)
+        contributions = grid_assignment(*size).to(w) * (w @ tokens.T)  # (K, N)
         values, W = entry["values"][0], sum(entry["weights"])[0]  # (h, N, d), (h, K, N)
         w = w.unflatten(1, (len(values), -1)).transpose(0, 1)  # (h, K, d)
         contributions = contributions + (W * (w @ values.mT)).sum(0)
@@ -578,8 +573,7 @@ def logit_weights(chosen, count):
 
 def explanation_panels(model, image, names, chosen):
     """Pictures of explain().  chosen: one or two class indices; empty: the most likely class."""
-    with torch.no_grad():
-        chosen = chosen or [model([image])["logits"][0].argmax().item()]
+    chosen = chosen or [model.predict([image])[0]["labels"][0].item()]
     weights = logit_weights(chosen, len(names)).to(image.device)
     value, bias, maps = explain(model, image, weights)
     maps, panel, stride = maps.cpu(), panel_of(image, 320), model.backbone.strides[-1]
@@ -614,7 +608,7 @@ def images_of(paths, task, size):
             if task == "cls":
                 pixels = eval_transform(size)(image)
             else:
-                pixels = dense_transform(task, size)(functional.pil_to_tensor(image))
+                pixels = dense_eval_transform(task, size)(functional.pil_to_tensor(image))
             yield file, as_float(pixels), image.size[::-1]
 
 
