@@ -1096,7 +1096,8 @@ def pixel_loss(pixels, targets, stride):
     costs = -pixels.float().log_softmax(1)
     loss = 0.0 * costs.sum()
     for image, cost in zip(targets, costs):
-        weights = F.avg_pool2d(image["masks"].float(), stride)  # (n, h, w)
+        # One channel: pooling (n, h, w) would refuse n = 0.
+        weights = F.avg_pool2d(image["masks"][:, None].float(), stride)[:, 0]  # (n, h, w)
         weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-6)  # (n, h, w)
         loss = loss + (cost[image["labels"]] * weights).sum()
     return loss

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -594,54 +595,88 @@ def explanation_panels(model, image, names, chosen):
     return [[("image", panel), (title, heat(total))], centers]
 
 
-def images_of(paths, task, size):
-    """For each image in files and folders: name, model input, and size (H, W) in the file."""
+def files_of(paths):
+    """Image files: those given, and those in folders."""
+    files = []
     for path in paths:
-        files = [path]
+        names = [path]
         if os.path.isdir(path):
-            names = [x for x in sorted(os.listdir(path)) if is_image_file(x) and not is_hidden(x)]
-            files = [os.path.join(path, name) for name in names]
-        if not files:
+            found = [x for x in sorted(os.listdir(path)) if is_image_file(x) and not is_hidden(x)]
+            names = [os.path.join(path, name) for name in found]
+        if not names:
             raise InputError(f"{path}: no images in it")
-        for file in files:
-            image = load_image(file)
-            if task == "cls":
-                pixels = eval_transform(size)(image)
-            else:
-                pixels = dense_eval_transform(task, size)(functional.pil_to_tensor(image))
-            yield file, as_float(pixels), image.size[::-1]
+        files += names
+    return files
 
 
-def held_out(dataset, count=8):
-    """The first validation images, in the form of images_of()."""
-    for index in range(min(count, len(dataset))):
-        image, target = dataset[0, index]
-        size = target["size"] if isinstance(target, dict) else image.shape[1:]
-        yield dataset.name(index), as_float(image), size
+def read_file(path, task, size):
+    """Model input, float (3, H, W), and size (H, W) in the file."""
+    image = load_image(path)
+    if task == "cls":
+        pixels = eval_transform(size)(image)
+    else:
+        pixels = dense_eval_transform(task, size)(functional.pil_to_tensor(image))
+    return as_float(pixels), image.size[::-1]
 
 
-def draw(model, classes, items, out, clusters, chosen, device):
+def read_held_out(dataset, index):
+    """The same of a validation image."""
+    image, target = dataset[0, index]
+    return as_float(image), target["size"] if isinstance(target, dict) else tuple(image.shape[1:])
+
+
+SOFTWARE = "ClusterFormer eval.py"  # written into pictures, to know them again
+
+
+def drawn_here(path):
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
+
+
+def picture_stems(names, out, kinds):
+    """File names of pictures without suffix, a different one for each image name.
+
+    kinds: endings of the pictures of an image.  Raises InputError if a picture would replace a file
+    that is none of ours.
+    """
+    stems = []
+    for name in names:
+        base = os.path.splitext(os.path.basename(name))[0]
+        # Other folders or formats may have the same name: a, a-2, a-3, ...
+        numbered = (base if i == 1 else f"{base}-{i}" for i in itertools.count(1))
+        stem = next(stem for stem in numbered if stem not in stems)
+        stems.append(stem)
+    for path in (os.path.join(out, f"{stem}{kind}.png") for stem in stems for kind in kinds):
+        if os.path.exists(path) and not drawn_here(path):
+            raise InputError(f"{path} is not a picture of eval.py, and is not replaced; give another folder as --out")
+    return stems
+
+
+def draw(model, classes, names, read, out, clusters, chosen, device):
     """Draw predictions, optionally with clusters and explanations, into the folder `out`.
 
-    items: from images_of().  chosen: names of the classes to explain; empty: the most likely class;
-    None: no explanation.  Returns the findings of all images.
+    names: of images.  read(i): of image i, as read_file().  chosen: names of the classes to explain;
+    empty: the most likely class; None: no explanation.  Returns the findings of all images.
     """
+    kinds = ["", *["-clusters"] * clusters, *["-explained"] * (chosen is not None)]
+    stems, result = picture_stems(names, out, kinds), []
     os.makedirs(out, exist_ok=True)
-    result, stems = [], []
-    for name, image, size in tqdm(items, "draw", leave=False, disable=None):
+    made_here = PngInfo()
+    made_here.add_text("Software", SOFTWARE)
+    for i, name in enumerate(tqdm(names, "draw", leave=False, disable=None)):
+        image, size = read(i)
         image = image.to(device)
         found = findings(model.predict([image], [size])[0], classes)
-        sheets = {"": [prediction_panels(found, classes, model.task, image, size)]}
+        sheets = [[prediction_panels(found, classes, model.task, image, size)]]
         if clusters:
-            sheets["-clusters"] = cluster_panels(model, image)
+            sheets.append(cluster_panels(model, image))
         if chosen is not None:
-            numbers = [classes.index(name) for name in chosen]
-            sheets["-explained"] = explanation_panels(model, image, classes, numbers)
-        stem = os.path.splitext(os.path.basename(name))[0]
-        stems.append(stem)  # other folders or formats may have the same
-        stem += f"-{stems.count(stem)}" if stems.count(stem) > 1 else ""
-        for suffix, rows in sheets.items():
-            sheet(rows).save(os.path.join(out, f"{stem}{suffix}.png"))
+            sheets.append(explanation_panels(model, image, classes, [classes.index(x) for x in chosen]))
+        for kind, rows in zip(kinds, sheets):
+            sheet(rows).save(os.path.join(out, f"{stems[i]}{kind}.png"), pnginfo=made_here)
         for x in found:  # in the form for JSON
             x |= {"box": [round(side, 2) for side in x["box"].tolist()]} if "box" in x else {}
             x |= {"mask": run_lengths(x["mask"][None])[0]} if "mask" in x else {}
@@ -662,18 +697,19 @@ def parse_arguments():
     add("--image-size", type=int, help="pixels per side, or of the short side (default: as in training)")
     add("--batch-size", type=int, help="images per step and process (default: cls 128, others 8)")
     add("--workers", type=int, help="loader processes per process (default: spare cores, at most 16)")
-    add("--json", metavar="FILE", help="also write metrics (fractions of 1) or predictions to FILE")
+    add("--json", metavar="FILE", help="also write metrics (fractions of 1) or predictions to FILE, a new one")
     add("--per-class", action="store_true", help="also print AP, IoU or PQ per class; not for cls")
-    formats = "det, inst, pan: write predictions in COCO's format to FILE, which ends in .json; pan: "
+    formats = "det, inst, pan: write predictions in COCO's format to FILE, a new one, which ends in .json; pan: "
     formats += "also write PNGs to the folder of that name without .json; sem: write PNGs of label + 1 "
-    formats += "to the folder FILE"
+    formats += "to the new folder FILE"
     add("--save-predictions", metavar="FILE", help=formats)
     add = parser.add_argument_group("pictures").add_argument
     add("--images", nargs="*", metavar="PATH", help="images or folders to draw (default: 8 held-out images)")
     add("--clusters", action="store_true", help="draw clusters per stage, and per iteration of one block")
     why = "cls: draw the evidence for CLASS (default: the most likely), or for one against another"
     add("--explain", nargs="*", metavar="CLASS", help=why)
-    add("--out", metavar="DIR", default="pictures", help="folder of the pictures (default: pictures)")
+    out = "folder of the pictures; only pictures of eval.py are replaced in it (default: pictures)"
+    add("--out", metavar="DIR", default="pictures", help=out)
     args = parser.parse_args()
     args.draw = args.images is not None or args.clusters or args.explain is not None
     for name, least in dict(batch_size=1, workers=0, image_size=32).items():
@@ -683,16 +719,20 @@ def parse_arguments():
     return args
 
 
-def check_arguments(args, task, classes, world_size):
-    """Raise InputError if a flag does not fit the checkpoint or the number of processes."""
+def check_arguments(args, task, classes, rank, world_size):
+    """Raise InputError if a flag does not fit the checkpoint, the number of processes or what is there."""
     save, chosen = args.save_predictions, args.explain or []
     if task == "cls" and (save or args.per_class):
         raise InputError("--save-predictions and --per-class are for the dense tasks, not for cls")
-    if save and (os.path.isfile(save) if task == "sem" else not save.endswith(".json")):
-        what = "folder" if task == "sem" else ".json file"
-        raise InputError(f"--save-predictions {save}: {task} needs a {what}")
-    if save and not os.path.isdir(os.path.dirname(save) or "."):
-        raise InputError(f"--save-predictions {save}: there is no folder {os.path.dirname(save)}")
+    if save and task != "sem" and not save.endswith(".json"):
+        raise InputError(f"--save-predictions {save}: {task} needs a .json file")
+    outputs = [("--json", args.json), ("--save-predictions", save)]
+    outputs += [("--save-predictions", save.removesuffix(".json"))] if save and task == "pan" else []
+    for flag, path in outputs if rank == 0 else []:  # other processes may be so late that it is our own
+        if path and os.path.exists(path):
+            raise InputError(f"{flag}: {path} exists, and is not replaced; remove it, or give another name")
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"{flag} {path}: there is no folder {os.path.dirname(path)}")
     if args.draw and (world_size > 1 or save or args.per_class):
         raise InputError("pictures are drawn by one process, without --per-class and --save-predictions")
     if args.explain is not None and task != "cls" or len(chosen) > 2 or set(chosen) - set(classes):
@@ -704,14 +744,19 @@ def main():
     rank, world_size, device = start_processes()
     model, checkpoint = load_checkpoint(args.checkpoint)
     settings, classes, task = checkpoint["settings"], list(checkpoint["classes"]), model.task
-    check_arguments(args, task, classes, world_size)
+    check_arguments(args, task, classes, rank, world_size)
     model.to(device)
     data = args.data or settings["data"]
     size = args.image_size or settings.get("test_size") or settings["image_size"]
     dataset = None if args.images else validation_set(data, size, task, classes)
     if args.draw:
-        items = images_of(args.images, task, size) if args.images else held_out(dataset)
-        result = draw(model, classes, items, args.out, args.clusters, args.explain, device)
+        if args.images:
+            names = files_of(args.images)
+            read = lambda i: read_file(names[i], task, size)
+        else:
+            names = [dataset.name(i) for i in range(min(8, len(dataset)))]
+            read = lambda i: read_held_out(dataset, i)
+        result = draw(model, classes, names, read, args.out, args.clusters, args.explain, device)
     else:
         if list(dataset.classes) != classes:
             complaint = f"is trained for {len(classes)} classes that shapes do not have"
