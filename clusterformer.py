@@ -1116,7 +1116,8 @@ def set_losses(output, targets, stride, box_classes=None):
         size = tuple(stride * side for side in output["masks"].shape[2:])
         for target in targets:
             if target["masks"].shape[1:] != size:
-                raise ValueError(f"masks must be (n, *{size}), as the images, got {tuple(target['masks'].shape)}")
+                got = tuple(target["masks"].shape)
+                raise ValueError(f"masks must be (n, {size[0]}, {size[1]}), as the images, got {got}")
     layers = [*output["aux"], output]
     keys = [key for key in ("logits", "boxes", "masks") if key in output]
     outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ..)
@@ -1147,7 +1148,7 @@ def set_losses(output, targets, stride, box_classes=None):
 # --------------------------------------------------------------------------------------------------
 # 10. Final predictions of the dense tasks
 # --------------------------------------------------------------------------------------------------
-def mask_bands(masks, stride, image_size, size, rows=64):
+def mask_bands(masks, stride, image_size, size, rows=16):
     """Mask probabilities in the final size, a band of rows after the other.
 
     In one piece, 100 masks of a photograph of 12 megapixels would take 4.8 GB.

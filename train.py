@@ -380,11 +380,11 @@ class Run:
             classes = checkpoint["classes"]
             if list(classes) != list(train.classes):
                 raise InputError(f"{self.last} belongs to a run with {len(classes)} other classes; give its --data")
-            before = checkpoint["images"], checkpoint["settings"]["batch_size"]
-            if before != (len(train), settings.batch_size):
-                what = f"{before[0]} images in batches of {before[1]}, not {len(train)} in batches of {settings.batch_size}"
-                may = "--epochs, --lr, --workers and the number of processes may change, or --init starts anew from it"
-                raise InputError(f"{self.last} belongs to a run on {what}; {may}")
+            images, batch = checkpoint["images"], checkpoint["settings"]["batch_size"]
+            if (images, batch) != (len(train), settings.batch_size):
+                what = f"{images} images in batches of {batch}, now {len(train)} in batches of {settings.batch_size}"
+                may = "--epochs, --lr, --workers and the number of processes may change; --init starts anew from it"
+                raise InputError(f"{self.last} is of a run on {what}; {may}")
             model.load_state_dict(checkpoint["model"])
             for name in ("step", "log", "sums", "skipped"):
                 setattr(self, name, checkpoint[name])

@@ -17,7 +17,6 @@ DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters after so many steps, --cost
 """
 
 import argparse
-import functools
 import json
 import math
 import sys
@@ -34,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clusterformer import ClusterBlock, ClusterFormer, make_layout, pool_centers, prenorm_mlp  # noqa: E402
+from clusterformer import ClusterBlock, ClusterFormer, pool_cells, prenorm_mlp  # noqa: E402
 from data import Folder, Shapes, eval_transform  # noqa: E402
 from train import parameter_groups  # noqa: E402
 
@@ -126,11 +125,6 @@ for name, base in BASES.items():
     VARIANTS |= {name: base} | {f"{name}, {change}": replace(base, **values) for change, values in CHANGES.items()}
 
 
-@functools.cache
-def layout_of(height, width, grid):
-    return make_layout(height, width, grid=grid)
-
-
 def mlp(dim, ratio, plain=False):
     """prenorm_mlp, or the same with neither norm nor zero start."""
     layers = prenorm_mlp(dim, ratio)
@@ -183,7 +177,7 @@ class Block(nn.Module):
     def cluster(self, tokens):
         """tokens: (B, H, W, D).  Returns C(T), (B, K, D), and M, (h, B, N, K)."""
         options = self.options
-        C = pool_centers(tokens, layout_of(*tokens.shape[1:3], self.grid))
+        C = pool_cells(tokens, self.grid)
         if options.center_ffn != "none":
             C = self.ffn(C) + (C if options.center_ffn == "residual" else 0)
         tokens = tokens.flatten(1, 2)
@@ -191,8 +185,8 @@ class Block(nn.Module):
         keys, values = self.project(tokens, self.k), self.project(collected, self.v)
         cosine = options.similarity == "cosine"
         if cosine:
-            self.log_scale.data.clamp_(max=math.log(50.0))
-            keys, scale = F.normalize(keys, dim=-1), self.log_scale.exp().view(-1, 1, 1, 1)
+            keys = F.normalize(keys, dim=-1)
+            scale = self.log_scale.clamp(max=math.log(50.0)).exp().view(-1, 1, 1, 1)
         else:
             scale = keys.shape[-1] ** -0.5 if options.similarity == "scaled dot" else 1.0
         for t in range(self.iterations + options.last_e_step):
@@ -220,7 +214,7 @@ class Block(nn.Module):
         received = (M @ heads).permute(1, 2, 0, 3).flatten(2)
         return received if inside else self.dispatch_mlp(received)
 
-    def forward(self, x, layout):
+    def forward(self, x):
         gamma = self.gamma if self.options.layer_scale else (1, 1)
         if self.options.depthwise:
             x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -249,7 +243,7 @@ def check_against_module():
     theirs.cluster.log_scale.data.fill_(2.0)
     ours.load_state_dict(dict(zip(ours.state_dict(), map_names(theirs, ours))))
     x = torch.randn(2, 14, 9, 128)
-    torch.testing.assert_close(ours(x, None), theirs(x, make_layout(14, 9)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
 def map_names(theirs, ours):
