@@ -382,23 +382,19 @@ class ClusterBlock(nn.Module):
 # --------------------------------------------------------------------------------------------------
 def check_images(images, stride):
     """Raise ValueError unless images are float (B, 3, H, W), with sides that are multiples of stride."""
-    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3:
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"images must be a tensor (B, 3, H, W), got {got}; predict takes lists, too")
+        raise ValueError(f"images must be (B, 3, H, W), got {got}; predict also takes a list of (3, H, W)")
     if not images.is_floating_point():
         raise ValueError(f"images must be float RGB in [0, 1], got {images.dtype}; divide by 255")
     height, width = images.shape[2:]
-    if not height or not width or height % stride or width % stride:
+    if height % stride or width % stride:
         raise ValueError(f"sides must be multiples of {stride}, got {height} x {width}; pad, or call predict")
 
 
 def check_image(image):
-    """Raise ValueError unless an image is float RGB in [0, 1], (3, H, W)."""
-    if not isinstance(image, torch.Tensor) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
-        got = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
-        raise ValueError(f"predict takes a tensor (B, 3, H, W) or a list of tensors (3, H, W), got {got} in it")
-    if not image.is_floating_point():
-        raise ValueError(f"images must be float RGB in [0, 1], got {image.dtype}; divide by 255")
+    """Raise ValueError unless an image for predict is float RGB in [0, 1], (3, H, W)."""
+    check_images(image[None] if isinstance(image, torch.Tensor) else image, stride=1)
     low, high = image.aminmax()
     if not (low >= 0 and high <= 1):  # NaN fails, too
         raise ValueError(f"images must be RGB in [0, 1], got values from {low:.4g} to {high:.4g}")

@@ -1009,7 +1009,7 @@ def batches_of(loader):
     try:
         yield from batches
     except (OSError, EOFError, RuntimeError) as error:
-        lost = re.search("DataLoader worker .*|.*(shared memory|shm|No space left).*", str(error))
+        lost = re.search(r"DataLoader worker \(pid.*|RuntimeError: .*(shm|No space left).*", str(error))
         if not lost and isinstance(error, RuntimeError):
             raise
         what = f"a loader process was lost ({lost[0] if lost else error})"

@@ -462,7 +462,7 @@ def test_any_image_has_a_valid_prediction(task, precise):
 @pytest.mark.parametrize("images, complaint", [
     (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8; divide by 255"),
     (torch.full((1, 3, 64, 64), math.nan), r"RGB in \[0, 1\]"),
-    (torch.zeros(1, 3, 0, 64), r"got \(3, 0, 64\)"), ([torch.zeros(1, 3, 64, 64)], r"got \(1, 3, 64, 64\)"),
+    (torch.zeros(1, 3, 0, 64), r"got \(1, 3, 0, 64\)"), ([torch.zeros(1, 3, 64, 64)], r"got \(1, 1, 3, 64, 64\)"),
     ([np.zeros((3, 64, 64))], "got ndarray"), ([], "at least one"),
 ])
 def test_predict_says_what_is_wrong_with_images(images, complaint):
@@ -546,7 +546,8 @@ def test_classes_of_centers_and_pixels_and_duplicates_worked_out_by_hand():
     assert list(found) == [(pytest.approx(score), label, center) for score, label, center in expected]
     probability = torch.tensor([[0.6, 0.0], [0.0, 0.5], [0.0, 0.4]])
     masks = torch.tensor([[9.0, 9.0, 9.0], [9.0, -9.0, 9.0], [-9.0, -9.0, 9.0]]).view(3, 1, 3).sigmoid()
-    assert cf.semantic_map(probability, [(slice(0, 1), masks)], (1, 3)).tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
+    found = cf.semantic_map(probability, [(slice(0, 1), masks)], (1, 3))
+    assert found.tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
 
 
 def test_panoptic_segments_of_a_case_worked_out_by_hand():
@@ -1627,17 +1628,6 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, monkeypatch, capsys
         assert all(mask.shape == (50, 90) for mask in masks) and (task != "sem" or (sum(masks) == 1).all())
 
 
-def test_clusters_are_painted_in_the_mean_colors_of_their_pixels():
-    panel, regions = torch.randint(0, 256, (3, 9, 10), dtype=torch.uint8), torch.zeros(9, 10, dtype=torch.int64)
-    regions[:, 4:] = 7
-    painted = evaluation.paint_means(panel, regions)
-    for part in (np.s_[:, :, :4], np.s_[:, :, 5:]):  # column 4 is the border
-        mean = panel[:, :, :4] if part[2].stop == 4 else panel[:, :, 4:]
-        assert (painted[part] == mean.float().mean((1, 2)).byte()[:, None, None]).all()
-    inside = painted[:, :, 5:].float().mean()
-    assert ((painted[:, :, 4] - inside).abs() > 50).all()
-
-
 def test_outputs_replace_nothing_but_pictures_of_our_own(folder, capsys, monkeypatch, checkpoint):
     monkeypatch.chdir(folder)
     saved_checkpoint("sem.pt", "sem"), saved_checkpoint("pan.pt", "pan")
@@ -2267,14 +2257,6 @@ def test_one_line_says_why_nothing_is_evaluated_or_drawn(folder, capsys, monkeyp
     monkeypatch.chdir(folder)
     saved_checkpoint("inst.pt", "inst")
     assert complaint in failure(evaluation, capsys, "--checkpoint", checkpoint, *arguments)
-
-
-@pytest.mark.parametrize("script", [train, evaluation, benchmark])
-def test_help_explains_every_flag(capsys, script):
-    with pytest.raises(SystemExit):
-        call(script, capsys, "--help")
-    text = capsys.readouterr().out
-    assert all(len(line.split()) > 1 for line in text.splitlines() if line.startswith("  --")) and "default" in text
 
 
 def readme(language):
