@@ -824,7 +824,7 @@ def mask_samples(masks, boxes):
         pool = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear weights
         pools.append(pool / pool.sum(-1, keepdim=True).clamp(min=1))
     columns, rows = pools
-    inside = masks.float().sigmoid() - 0.5
+    inside = masks.to(rows.dtype).sigmoid() - 0.5
     return (rows @ inside @ columns.mT).flatten(2)
 
 

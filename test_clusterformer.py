@@ -351,6 +351,12 @@ def test_predict_works_in_every_dtype(task, dtype):
     if "scores" in found:
         n = min(len(found["scores"]), len(exact["scores"]), 3)
         torch.testing.assert_close(found["scores"][:n].float(), exact["scores"][:n], atol=0.1, rtol=0.1)
+    if dtype == torch.float64:  # and where it is the default
+        torch.set_default_dtype(dtype)
+        try:
+            assert cf.ClusterFormer(task, "nano", 5).predict([image])[0].keys() == exact.keys()
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 class DepthHead(torch.nn.Module):
