@@ -1260,7 +1260,7 @@ class DenseHead(nn.Module):
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
         super().__init__()
         self.finest = 0 if self.with_masks else 1  # only masks need the map at stride 4
-        self.stride, self.coarsest = backbone.strides[0], backbone.strides[3]  # of masks; sides are multiples of it
+        self.stride, self.coarsest = backbone.strides[0], backbone.strides[-1]  # of masks; of the last map
         self.neck = Neck(backbone.channels[self.finest :], size["dim"])
         self.decoder = Decoder(size["dim"], size["levels"], num_classes, iterations, self.with_masks)
 
@@ -1280,15 +1280,16 @@ class DenseHead(nn.Module):
     def predict(self, output, image_size, sizes):
         """One dictionary per image.
 
-        output: for images of size (H, W) that were padded at the bottom and right.  sizes: the final
+        output: for images of size (H, W) that ClusterFormer.pad has made squares.  sizes: the final
         (H, W) of each.
         """
-        height, width = (-(-side // self.coarsest) * self.coarsest / side for side in image_size)
-        padded = torch.tensor([width, height] * 2, device=output["boxes"].device)  # in sides of the image
+        square = -(-max(image_size) // self.coarsest) * self.coarsest
+        height, width = image_size
+        sides = torch.tensor([square / width, square / height] * 2, device=output["boxes"].device)
         predictions = []
         for i, size in enumerate(sizes):
             probability = class_probability(output["logits"][i])  # (K, classes)
-            boxes = output["boxes"][i].float() * padded  # fractions of the image
+            boxes = output["boxes"][i].float() * sides  # fractions of the image, without padding
             masks = None
             if self.with_masks:
                 masks = mask_bands(output["masks"][i], self.stride, image_size, size)
@@ -1366,14 +1367,6 @@ TASKS = {  # a new task is one class, with the methods and the constructor of th
 }
 
 
-def pad_to_stride(images, stride, color):
-    """Pad images (B, 3, H, W) at the bottom and right to multiples of stride.  color: (3, 1, 1)."""
-    height, width = images.shape[2:]
-    padded = color.to(images).repeat(len(images), 1, -(-height // stride) * stride, -(-width // stride) * stride)
-    padded[:, :, :height, :width] = images
-    return padded
-
-
 class ClusterFormer(nn.Module):
     """Backbone and head.  model(images) is for training; model.predict(images) is for results."""
 
@@ -1445,12 +1438,27 @@ class ClusterFormer(nn.Module):
         """Number of images (cls) or targets (dense tasks) that the losses of this batch sum over."""
         return self.head.count(targets)
 
+    def pad(self, images):
+        """Pad images (B, 3, H, W) of any size at the bottom and right with the mean color, as predict does.
+
+        For cls, to multiples of the last stride; for the dense tasks, to a square, as training crops are.
+        Clusters and boxes start from a grid over the whole, whose cells then are squares, too.
+        """
+        height, width = images.shape[2:]
+        stride = self.backbone.strides[-1]
+        bottom, right = (-(-side // stride) * stride for side in (height, width))
+        if self.task != "cls":
+            bottom = right = max(bottom, right)
+        padded = self.backbone.mean.to(images).repeat(len(images), 1, bottom, right)
+        padded[:, :, :height, :width] = images
+        return padded
+
     @torch.no_grad()
     def predict(self, images, sizes=None):
         """Final predictions, in evaluation mode, for images of any sizes.
 
-        Images are padded at the bottom and right with the mean color, and what is returned is cropped.
-        Images of one size make a batch; others go through the model one after the other.
+        Images are padded by pad(), and what is returned is cropped.  Images of one size make a batch;
+        others go through the model one after the other.
         images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W).
         sizes: a list of (H, W) in which boxes and maps are returned; None: those of the images.
         Raises ValueError for other images, and for a value outside of [0, 1].
@@ -1475,7 +1483,7 @@ class ClusterFormer(nn.Module):
         self.eval()
         try:
             for batch in batches:
-                output = self(pad_to_stride(batch, self.backbone.strides[-1], self.backbone.mean))
+                output = self(self.pad(batch))
                 rest = sizes[len(predictions) :][: len(batch)]
                 with torch.autocast(batch.device.type, enabled=False):  # bfloat16 would tie two classes
                     predictions += self.head.predict(output, tuple(batch.shape[2:]), rest)

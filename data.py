@@ -395,8 +395,8 @@ def dense_train_transform(task, size, least, color):
 
 
 def dense_eval_transform(task, size):
-    """Resize the short side to `size`; except for sem, the long side has at most 1333 / 800 of it."""
-    return v2.Resize(size, max_size=None if task == "sem" else size * 1333 // 800)
+    """Resize the short side to `size`; the long side has at most 1333 / 800 of it, for sem four times."""
+    return v2.Resize(size, max_size=4 * size if task == "sem" else size * 1333 // 800)
 
 
 def training_sample(image, labels, boxes, masks, transform):

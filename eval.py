@@ -42,7 +42,7 @@ from torchvision.transforms.v2 import functional
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
-from clusterformer import VERSION, ClusterFormer, grid_shape, pad_to_stride, trace
+from clusterformer import VERSION, ClusterFormer, grid_shape, trace
 from data import Ade, Coco, Folder, InputError, Shapes, as_float, check, dense_eval_transform
 from data import eval_transform, ignore_interrupts, is_hidden, lists, load_image, loader_of
 
@@ -515,7 +515,7 @@ def grid_assignment(height, width):
 
 def cluster_panels(model, image):
     """Clusters in the last block of each stage, and in each iteration of one block."""
-    history = trace(model, pad_to_stride(image[None], model.backbone.strides[-1], model.backbone.mean))
+    history = trace(model, model.pad(image[None]))
     panel = panel_of(image, 320)
 
     def clusters(assignment, block, stride):
@@ -545,7 +545,7 @@ def explain(model, image, weights):
     bias plus the sum of all contributions.  This is exact for given weights of the means.  It does
     not explain how these weights depend on the image, or how the backbone computes the tokens.
     """
-    head, image = model.head, pad_to_stride(image[None], model.backbone.strides[-1], model.backbone.mean)
+    head, image = model.head, model.pad(image[None])
     with torch.no_grad():
         value = model.eval()(image)["logits"][0] @ weights
         entry = trace(model, image)[-1]  # the head's clustering

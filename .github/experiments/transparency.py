@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clusterformer import pad_to_stride, trace  # noqa: E402
+from clusterformer import trace  # noqa: E402
 from data import Shapes, as_float, dominant_thing, draw_scene  # noqa: E402
 from eval import enlarge, explain, grid_assignment, load_checkpoint, logit_weights  # noqa: E402
 
@@ -48,8 +48,7 @@ def main(path):
     clusters, evidence = {}, []
     for index in range(SCENES):
         image, mask, label = draw(index, size)
-        padded = pad_to_stride(image[None], strides[-1], model.backbone.mean)
-        blocks = trace(model, padded)[:-1]  # the last one is the head's
+        blocks = trace(model, model.pad(image[None]))[:-1]  # the last one is the head's
         for block in blocks:
             stride = strides[int(block["name"].split(".")[2])]
             regions = [x.argmax(0).view(block["size"]) for x in (
