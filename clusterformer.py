@@ -1159,10 +1159,12 @@ def mask_bands(masks, stride, image_size, size, rows=16):
         return x if size[axis] == image_size[axis] else F.interpolate(x, size[axis], mode="linear")
 
     masks = masks.float()
-    weights = stretch(torch.eye(masks.shape[1], device="cpu")[None], 0)[0]  # (h, H): rows of rows
+    # Down the columns, resizing is a product: weights (h, H) say how much each row of a mask is in each
+    # final row.  A band needs a few rows of the masks.
+    weights = stretch(torch.eye(masks.shape[1], device="cpu")[None], 0)[0]
     for start in range(0, size[0], rows):
         part = weights[:, start : start + rows]
-        near = part.any(1).nonzero()[:, 0].tolist()  # the rows of the masks that this band lies in
+        near = part.any(1).nonzero()[:, 0].tolist()
         first, end = near[0], near[-1] + 1
         part = part[first:end].to(masks)
         yield slice(start, start + rows), (part.mT @ stretch(masks[:, first:end], 1)).sigmoid()
@@ -1220,23 +1222,24 @@ def panoptic_segments(probability, masks, things, size, threshold=0.25, overlap=
     Returns ids, int64 (H, W), 0 for none, and a list of {"id", "label", "isthing", "score"}.
     """
     scores, labels = probability.max(1)
-    (confident,) = (scores > threshold).nonzero(as_tuple=True)
+    confident = scores > threshold
+    scores, labels = scores[confident], labels[confident]
     ids = torch.zeros(size, dtype=torch.int64, device=scores.device)
     segments, stuff = [], {}  # stuff: class -> its segment
-    if not len(confident):
+    if not len(scores):
         return ids, segments
     winner, area = torch.full_like(ids, -1), 0  # -1: the best mask is below 0.5
     for rows, mask in masks:
         mask = mask[confident]
         area = area + (mask > 0.5).sum((1, 2))
-        best = (scores[confident, None, None] * mask).argmax(0)  # (rows, W)
+        best = (scores[:, None, None] * mask).argmax(0)  # (rows, W)
         sure = mask.gather(0, best[None])[0] > 0.5
         winner[rows] = torch.where(sure, best, -1)
-    won = (winner.flatten() + 1).bincount(minlength=len(confident) + 1)[1:]  # pixels of each center
-    for k, center in enumerate(confident.tolist()):
+    won = (winner.flatten() + 1).bincount(minlength=len(scores) + 1)[1:]  # pixels of each center
+    won, area = won.tolist(), area.tolist()
+    for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
         if won[k] == 0 or won[k] < overlap * area[k]:
             continue
-        label, score = labels[center].item(), scores[center].item()
         if label in stuff:
             segment = stuff[label]
             segment["score"] = max(segment["score"], score)
