@@ -123,8 +123,8 @@ FULL = replace(CLS, variant="tiny", patch_size=4, drop_path=None, ema=0.9999, ev
 IMAGENET = replace(FULL, image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
 IMAGENET = replace(IMAGENET, smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
 COCO = replace(FULL, image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
-# Mask2Former scales by 0.1 to 2, but padding has no centers of its own: of our 10 x 10 cells, an image at 0.5
-# of the crop covers 19 or more, and one at 0.1 covers one.  Padding then is 21 % of the crops instead of 36 %.
+# Mask2Former scales by 0.1 to 2.  Here centers start from 10 x 10 cells of the crop: an image at a scale of 0.5
+# covers about 19 of them, and one at 0.1 covers one.  From 0.5 on, padding is 22 % of the crops, not 36 %.
 COCO = replace(COCO, schedule="step", warmup_epochs=0.1, evaluate_every=5, min_scale=0.5)
 # A backbone from ImageNet should keep its features while neck and decoder are still random.
 COCO = replace(COCO, backbone_rate=0.1)
@@ -380,7 +380,7 @@ class Run:
             classes = checkpoint["classes"]
             if list(classes) != list(train.classes):
                 raise InputError(f"{self.last} belongs to a run with {len(classes)} other classes; give its --data")
-            images, batch = checkpoint["images"], checkpoint["settings"]["batch_size"]
+            images, batch = checkpoint.get("images", len(train)), checkpoint["settings"]["batch_size"]
             if (images, batch) != (len(train), settings.batch_size):
                 what = f"{images} images in batches of {batch}, now {len(train)} in batches of {settings.batch_size}"
                 may = "--epochs, --lr, --workers and the number of processes may change; --init starts anew from it"
