@@ -1269,8 +1269,9 @@ class DenseHead(nn.Module):
 
     def forward(self, maps):
         """maps: of the backbone, four (B, H, W, C).  Returns predictions."""
-        *earlier, last = self.decoder(self.neck(maps[self.finest :]))
-        return last | {"aux": earlier}
+        *earlier, output = self.decoder(self.neck(maps[self.finest :]))
+        output["aux"] = earlier
+        return output
 
     def loss(self, output, targets):
         """set_losses: sums over targets."""
