@@ -57,6 +57,8 @@ import block as experiment  # noqa: E402
 CPU = torch.device("cpu")
 DENSE = "det", "inst", "sem", "pan"
 KEYS = dict(cls=set(), det={"boxes"}) | dict.fromkeys(("inst", "sem", "pan"), {"boxes", "masks"})  # of an output
+# With ATEN_CPU_CAPABILITY=default, torch's own attention in bfloat16 still asks the processor what it can do, and fails.
+lowered = pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch has no bfloat16 attention then")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; SLOW=1 in the environment runs it")
 
 
@@ -320,6 +322,7 @@ def test_the_trace_holds_every_iteration_of_every_clustering_and_changes_nothing
         torch.testing.assert_close(entry["centers"][-1], C, atol=1e-4, rtol=1e-4)
 
 
+@lowered
 @pytest.mark.parametrize("task", cf.TASKS)
 def test_bfloat16_autocast_is_close_and_keeps_the_assignments_in_float32(task):
     model, image = random_model(task), torch.rand(2, 3, 64, 64)
@@ -343,7 +346,7 @@ def test_the_exported_model_gives_the_same_for_any_batch_size(shallow, task):
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=lowered), torch.float64])
 def test_predict_works_in_every_dtype(task, dtype):
     model, image = random_model(task), torch.rand(3, 70, 50)
     exact, found = model.predict([image])[0], model.to(dtype).predict([image.to(dtype)])[0]
@@ -438,7 +441,7 @@ def test_a_compiled_model_has_no_graph_breaks_and_the_same_outputs_and_gradients
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
-@pytest.mark.parametrize("precise", [True, False])
+@pytest.mark.parametrize("precise", [True, pytest.param(False, marks=lowered)])
 def test_any_image_has_a_valid_prediction(task, precise):
     images = [torch.zeros(3, 32, 300), torch.ones(3, 77, 33), torch.rand(3, 250, 40), torch.full((3, 45, 61), 0.5)]
     images[0][:, ::2, ::2] = images[0][:, 1::2, 1::2] = 1  # the highest frequency
