@@ -57,7 +57,7 @@ import block as experiment  # noqa: E402
 CPU = torch.device("cpu")
 DENSE = "det", "inst", "sem", "pan"
 KEYS = dict(cls=set(), det={"boxes"}) | dict.fromkeys(("inst", "sem", "pan"), {"boxes", "masks"})  # of an output
-# With ATEN_CPU_CAPABILITY=default, torch's own attention in bfloat16 still asks the processor what it can do, and fails.
+# Torch's attention in bfloat16 asks the processor what it can do, not this variable, and fails.
 lowered = pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch has no bfloat16 attention then")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; SLOW=1 in the environment runs it")
 
