@@ -350,6 +350,20 @@ def on_signals(action):
         signal.signal(number, lambda number, frame: action(128 + number))
 
 
+def resumed(path, train, batch_size):
+    """The checkpoint of a run.  Raises InputError unless it has the same classes, images and batches."""
+    checkpoint = load_checkpoint(path)[1]
+    classes, batch = checkpoint["classes"], checkpoint["settings"]["batch_size"]
+    images = checkpoint.get("images", len(train))
+    if list(classes) != list(train.classes):
+        raise InputError(f"{path} belongs to a run with {len(classes)} other classes; give its --data")
+    if (images, batch) != (len(train), batch_size):
+        what = f"{images} images in batches of {batch}, now {len(train)} in batches of {batch_size}"
+        may = "--epochs, --lr, --workers and the number of processes may change; --init starts anew from it"
+        raise InputError(f"{path} is of a run on {what}; {may}")
+    return checkpoint
+
+
 class Run:
     """A training run.  Its methods are a step, the end of an epoch and the loop over both."""
 
@@ -376,15 +390,7 @@ class Run:
         )
         checkpoint = None
         if settings.resume and os.path.exists(self.last):
-            checkpoint = load_checkpoint(self.last)[1]
-            classes = checkpoint["classes"]
-            if list(classes) != list(train.classes):
-                raise InputError(f"{self.last} belongs to a run with {len(classes)} other classes; give its --data")
-            images, batch = checkpoint.get("images", len(train)), checkpoint["settings"]["batch_size"]
-            if (images, batch) != (len(train), settings.batch_size):
-                what = f"{images} images in batches of {batch}, now {len(train)} in batches of {settings.batch_size}"
-                may = "--epochs, --lr, --workers and the number of processes may change; --init starts anew from it"
-                raise InputError(f"{self.last} is of a run on {what}; {may}")
+            checkpoint = resumed(self.last, train, settings.batch_size)
             model.load_state_dict(checkpoint["model"])
             for name in ("step", "log", "sums", "skipped"):
                 setattr(self, name, checkpoint[name])
