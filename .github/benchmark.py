@@ -2,7 +2,7 @@
 """Measure speed and memory of an untrained model; for cls, also of torchvision's Swin and ConvNeXt.
 
     python .github/benchmark.py --task cls --variant tiny --image-size 224 --batch-size 128 --compile
-    python .github/benchmark.py --task inst --variant tiny --image-size 800 1333 --batch-size 1
+    python .github/benchmark.py --task inst --variant tiny --image-size 800 1344 --batch-size 1
 
 It prints a Markdown table.  Its columns are parameters, GMACs of a forward pass on one image, images
 per second of a forward pass and of a training step (forward, losses, backward, optimizer), and the
@@ -197,7 +197,7 @@ def main():
     parser.add_argument("--task", choices=CLASSES, default="cls", help=task)
     variant = "size of the model (default: tiny)"
     parser.add_argument("--variant", choices=VARIANTS, default="tiny", help=variant)
-    size = "one side, or height and width, in pixels (default: 224, dense tasks 512)"
+    size = "one side, or height and width, in pixels, multiples of 32 (default: 224, dense tasks 512)"
     parser.add_argument("--image-size", type=int, nargs="+", help=size)
     batch_size = "images per step (default: cls 128, on a CPU 8; dense tasks 16, on a CPU 1)"
     parser.add_argument("--batch-size", type=int, help=batch_size)
@@ -207,8 +207,8 @@ def main():
     parser.add_argument("--data", metavar="DIR", help=data)
     args = parser.parse_args()
     sides = args.image_size or [224 if args.task == "cls" else 512]
-    if len(sides) > 2 or min(sides) < 32:
-        raise InputError("--image-size takes one or two numbers, each at least 32")
+    if len(sides) > 2 or min(sides) < 32 or any(side % 32 for side in sides):
+        raise InputError("--image-size takes one or two multiples of 32")
     if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     _, world_size, device = start_processes()
