@@ -197,7 +197,7 @@ class InitialCenters(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
-MAX_SCALE = 50.0  # of S: with it, softmax is nearly an argmax
+MAX_SCALE = 50.0  # of S: with it, softmax is nearly an argmax.  A scale above it has no gradient
 
 
 class RecurrentCrossAttentionClustering(nn.Module):
