@@ -163,13 +163,34 @@ def pool_cells(x, grid=GRID, min_cell=2):
     return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), shape).flatten(2).mT  # (B, K, D)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm in the dtype of its input.
+
+    Under autocast, nn.LayerNorm returns float32, and all maps of tokens would take twice the memory
+    and time.  Mean and variance are computed in float32 in any case.
+    """
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def in_full_precision(module, x):
+    """module(x) in the dtype of its weights, also under autocast: for what is computed once per center.
+
+    Centers are so few that casting the weights would take longer than the products.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.to(next(module.parameters()).dtype))
+
+
 def prenorm_mlp(dim, ratio):
     """A residual branch: norm, D -> ratio * D -> D.
 
     Ours: the last layer is zero-initialized.  A residual branch thus adds nothing at first, and
     grows with training.
     """
-    layers = [nn.LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)]
+    layers = [LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)]
     nn.init.zeros_(layers[-1].weight)
     nn.init.zeros_(layers[-1].bias)
     return nn.Sequential(*layers)
@@ -191,13 +212,35 @@ class InitialCenters(nn.Module):
     def forward(self, x):
         """x: map (B, H, W, D).  Returns C(0), (B, K, D)."""
         centers = pool_cells(x, self.grid, self.min_cell)
-        return centers if self.ffn is None else centers + self.ffn(centers)
+        return centers if self.ffn is None else centers + in_full_precision(self.ffn, centers)
 
 
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
 MAX_SCALE = 50.0  # of S: with it, softmax is nearly an argmax.  A scale above it has no gradient
+
+
+# Inside of clustering and dispatching, heads come before images: (h B, ...) is a batch of h * B
+# products.  With (B h, ...), the weights of a head would have to be copied for every image.
+def split_heads(x, h):
+    """(B, n, D) -> (h B, n, d): head j has the channels j d .. j d + d - 1."""
+    return x.unflatten(-1, (h, -1)).permute(2, 0, 1, 3).flatten(0, 1)
+
+
+def join_heads(x, h):
+    """(h B, n, d) -> (B, n, D)."""
+    return by_image(x, h).transpose(1, 2).flatten(2)
+
+
+def by_image(x, h):
+    """(h B, ...) -> (B, h, ...), a view."""
+    return x.unflatten(0, (h, -1)).transpose(0, 1)
+
+
+def unit(x):
+    """sqrt(d) x / |x|, for x (..., d): F.normalize makes ten kernels of it, F.rms_norm one."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
 class RecurrentCrossAttentionClustering(nn.Module):
@@ -253,54 +296,51 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
-    def split(self, x):
-        """(B, n, D) -> (h, B, n, d): head j has the channels j d .. j d + d - 1."""
-        return x.unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3).contiguous()
-
-    def project(self, heads, weight):
-        """(h, B, n, d), (h, d, d) -> (h, B, n, d)."""
-        return (heads.flatten(1, 2) @ weight).unflatten(1, heads.shape[1:3])
-
-    def similarity(self, centers, keys, bias):
-        """S, (h, B, N, K): transposed, since over the last axis softmax is one pass."""
-        queries = self.project(self.split(centers), self.q.to(keys.dtype))  # (h, B, K, d)
-        scale = self.log_scale.clamp(max=math.log(MAX_SCALE)).to(keys.dtype).exp().view(-1, 1, 1, 1)
-        S = keys @ (scale * F.normalize(queries, dim=-1)).mT
+    def similarity(self, C, q, keys, bias):
+        """S, (h B, K, N): of centers (h B, K, d) and scaled keys (h B, N, d)."""
+        queries = torch.bmm(C.view(self.num_heads, -1, C.shape[-1]), q).view_as(C)
+        S = torch.bmm(unit(queries), keys.mT)
         return S if bias is None else S + bias
 
     def forward(self, centers, tokens, bias=None):
         """Cluster the tokens.
 
         centers: C(0), (B, K, D).  tokens: map (B, H, W, D), or (B, N, D).
-        bias: added to S, broadcast to (h, B, N, K): the log of a prior; finite.
+        bias: added to S, broadcast to (h, B, K, N): the log of a prior; finite.
         Returns C(T), (B, K, D), and M(T), (B, h, K, H, W), or (B, h, K, N).
         """
-        size, tokens = tokens.shape[1:-1], tokens.flatten(1, -2)  # (B, N, D)
-        heads = self.split(tokens)
-        keys, values = self.project(heads, self.k), self.project(heads, self.v)  # (h, B, N, d)
-        # float32 also under autocast: softmax returns float32 anyway.
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
-        if self.history is not None:
-            self.history |= dict(size=size, tokens=tokens, values=values.transpose(0, 1))
-            self.history |= dict(centers=[centers], assignments=[], weights=[])
+        (B, *size, D), h = tokens.shape, self.num_heads
+        # Under autocast, everything is computed in its dtype.  Softmax alone would return float32.
+        on = torch.is_autocast_enabled(tokens.device.type)
+        dtype = torch.get_autocast_dtype(tokens.device.type) if on else tokens.dtype
         with torch.autocast(tokens.device.type, enabled=False):
-            C = centers.to(dtype)
-            S = self.similarity(C, keys, bias)
+            q, k, v = (weight.to(dtype) for weight in (self.q, self.k, self.v))
+            heads = tokens.to(dtype).reshape(-1, h, D // h).transpose(0, 1)  # (h, B N, d), a view
+            scale = self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
+            # Both q(C) and k(I) are sqrt(d) times as long as unit vectors.
+            keys = unit(torch.bmm(heads, k)) * (scale * h / D).to(dtype).view(h, 1, 1)
+            values = torch.bmm(heads, v)
+            keys, values = (x.view(h * B, -1, D // h) for x in (keys, values))  # (h B, N, d)
+            C = split_heads(centers.to(dtype), h)  # (h B, K, d)
+            if bias is not None:
+                bias = bias.to(dtype).expand(h, B, -1, -1).flatten(0, 1)  # (h B, K, N)
+            if self.history is not None:
+                self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), values=by_image(values, h))
+                self.history |= dict(centers=[join_heads(C, h)], assignments=[], weights=[])
             for _ in range(self.iterations):
-                log_M = S.log_softmax(-1)  # E-step, over K (Paper)
-                weights = (S + log_M).softmax(-2)  # M-step, over N: M exp(S), divided by its sum
-                means = weights.mT @ values  # (h, B, K, d)
-                C = C + means.permute(1, 2, 0, 3).flatten(2)  # (B, K, D)
+                S = self.similarity(C, q, keys, bias)  # (h B, K, N)
+                log_M = S.log_softmax(1)  # E-step, over K (Paper)
+                weights = (S + log_M).softmax(2)  # M-step, over N: M exp(S), divided by its sum
+                C = torch.baddbmm(C, weights, values)  # C + weights @ values, (h B, K, d)
                 if self.history is not None:
-                    self.history["assignments"].append(log_M.exp().permute(1, 0, 3, 2))
-                    self.history["weights"].append(weights.permute(1, 0, 3, 2))
-                    self.history["centers"].append(C)
-                S = self.similarity(C, keys, bias)
-            M = S.softmax(-1).permute(1, 0, 3, 2)  # the last E-step, (B, h, K, N)
+                    self.history["assignments"].append(by_image(log_M.exp(), h))
+                    self.history["weights"].append(by_image(weights, h))
+                    self.history["centers"].append(join_heads(C, h))
+            M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step
+        M = by_image(M, h)
         if self.history is not None:
             self.history["assignments"].append(M)
-        return C.to(centers.dtype), M.unflatten(-1, size)
+        return join_heads(C, h).to(centers.dtype), M.unflatten(-1, size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,12 +365,11 @@ class FeatureDispatching(nn.Module):
 
     def forward(self, centers, assignment):
         """centers: (B, K, D).  assignment: (B, h, K, H, W).  Returns a map (B, H, W, D), at first zero."""
-        size, M = assignment.shape[3:], assignment.flatten(3)  # (B, h, K, N)
-        heads = self.mlp(centers).unflatten(-1, (self.num_heads, -1)).permute(2, 0, 1, 3)  # (h, B, K, d)
-        with torch.autocast(centers.device.type, enabled=False):  # M is float32
-            received = M.permute(1, 0, 3, 2) @ heads.to(M.dtype)  # (h, B, N, d)
-        received = received.permute(1, 2, 0, 3).flatten(2)  # (B, N, D)
-        return received.unflatten(1, size).to(centers.dtype)
+        h, size = self.num_heads, assignment.shape[3:]
+        M = assignment.flatten(3).transpose(0, 1).flatten(0, 1)  # (h B, K, N)
+        told = split_heads(in_full_precision(self.mlp, centers), h)  # (h B, K, d)
+        received = torch.bmm(M.mT, told.to(M.dtype))  # sum_k M_ki MLP(C_k), (h B, N, d)
+        return join_heads(received, h).unflatten(1, size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,7 +393,7 @@ class ClusterBlock(nn.Module):
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.initial = InitialCenters(dim)
         self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations, alike=alike)
         self.dispatch = FeatureDispatching(dim, num_heads)
@@ -365,7 +404,7 @@ class ClusterBlock(nn.Module):
         """x + branch; in training, an image skips the branch with probability drop_path."""
         if self.training and self.drop_path:
             keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop_path
-            branch = branch * (keep / (1 - self.drop_path))
+            branch = branch * (keep / (1 - self.drop_path)).to(branch.dtype)
         return x + branch
 
     def forward(self, x):
@@ -445,13 +484,13 @@ class Backbone(nn.Module):
         edges = self.stem[0].weight.data[channels[0] // 8 :]  # a view: (3/4 of the filters, 3, k, k)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
-        self.embed_norm = nn.LayerNorm(channels[0])
+        self.embed_norm = LayerNorm(channels[0])
         rates = torch.linspace(0, drop_path, sum(depths)).tolist()  # deeper blocks are dropped more
         self.stages = nn.ModuleList()
         self.downsample_norms, self.downsamples = nn.ModuleList(), nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, channels)):
             if i > 0:
-                self.downsample_norms.append(nn.LayerNorm(channels[i - 1]))
+                self.downsample_norms.append(LayerNorm(channels[i - 1]))
                 self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
             heads = max(1, dim // HEAD_DIM)
             # alike in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
@@ -512,10 +551,10 @@ class ClassificationHead(nn.Module):
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
         super().__init__()
         dim, self.label_smoothing = backbone.channels[-1], label_smoothing
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.initial = InitialCenters(dim, ffn=False)
         self.cluster = RecurrentCrossAttentionClustering(dim, max(1, dim // HEAD_DIM), iterations)
-        self.center_norm = nn.LayerNorm(dim)
+        self.center_norm = LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
 
     def forward(self, maps):
@@ -523,8 +562,7 @@ class ClassificationHead(nn.Module):
         tokens = self.norm(maps[-1])
         C, _ = self.cluster(self.initial(tokens), tokens)
         mean = self.center_norm(C).mean(1)  # (B, D)
-        with torch.autocast(mean.device.type, enabled=False):  # bfloat16 would tie likely classes
-            return {"logits": self.classifier(mean.to(self.classifier.weight.dtype))}
+        return {"logits": in_full_precision(self.classifier, mean)}  # bfloat16 would tie likely classes
 
     def loss(self, output, targets):
         """Cross-entropy, a sum over images.  targets: (B,) classes, or (B, classes) probabilities."""
@@ -564,7 +602,7 @@ class Neck(nn.Module):
 
     def __init__(self, channels, dim):
         super().__init__()
-        linear = lambda c: nn.Sequential(nn.LayerNorm(c), nn.Linear(c, dim))
+        linear = lambda c: nn.Sequential(LayerNorm(c), nn.Linear(c, dim))
         self.laterals = nn.ModuleList(linear(c) for c in channels)
         self.top_down = nn.ModuleList(linear(dim) for _ in channels[1:])
         for _, last in self.top_down:
@@ -662,7 +700,7 @@ def box_prior(boxes, height, width):
     of, but not how it is arranged.  With quadrants, a corner at the top left and a corner at the
     bottom right are different features.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
-    Returns (4, B, N, K).
+    Returns (4, B, K, N).
     """
     x, y, w, h = boxes.unbind(-1)  # (B, K) each
     # A quadrant is at least one token wide.  A narrower one could lie between the tokens, and the
@@ -672,7 +710,7 @@ def box_prior(boxes, height, width):
     for right, down in QUADRANTS:
         quadrant = torch.stack([x + right * w, y + down * h, w_quadrant, h_quadrant], -1)
         distance = box_distance(quadrant, height, width)  # (B, K, H, W)
-        prior.append(-2 * distance.flatten(2).mT)  # -2: sigma is side / 4
+        prior.append(-2 * distance.flatten(2))  # -2: sigma is side / 4
     # At least -20: for tokens far from all boxes, S decides, not which far box is a little nearer.
     return torch.stack(prior).clamp(min=-20)
 
@@ -682,9 +720,9 @@ def mask_prior(masks, factor):
 
     A box also holds what is around an object and in front of it; the mask of the object does not.
     masks: logits (B, K, H, W).  factor: a token covers factor x factor of their pixels.
-    Returns (B, N, K), at least -10: a center with a wrong mask still sees its box.
+    Returns (B, K, N), at least -10: a center with a wrong mask still sees its box.
     """
-    return F.logsigmoid(F.avg_pool2d(masks.float(), factor)).clamp(min=-10).flatten(2).mT
+    return F.logsigmoid(F.avg_pool2d(masks.float(), factor)).clamp(min=-10).flatten(2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -704,7 +742,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, dim, iterations=3):
         super().__init__()
-        self.norm, self.attention_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm, self.attention_norm = LayerNorm(dim), LayerNorm(dim)
         # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // 32), batch_first=True)
@@ -716,9 +754,9 @@ class DecoderLayer(nn.Module):
     def forward(self, centers, boxes, tokens, masks=None):
         """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).
 
-        masks: mask_prior of the previous masks, (B, N, K), or None.  Returns centers (B, K, D).
+        masks: mask_prior of the previous masks, (B, K, N), or None.  Returns centers (B, K, D).
         """
-        bias = box_prior(boxes, *tokens.shape[1:3])  # (4, B, N, K)
+        bias = box_prior(boxes, *tokens.shape[1:3])  # (4, B, K, N)
         if masks is not None:
             bias = bias + masks
         centers, _ = self.cluster(self.norm(centers), tokens, bias)
@@ -785,7 +823,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.pixel_classifier = nn.Linear(dim, num_classes)
         self.mlp = prenorm_mlp(dim, TOKEN_RATIO)
-        self.pixel = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+        self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
         self.center = mlp(dim, dim)
         self.falloff = nn.Linear(dim, 1)  # its log
         nn.init.zeros_(self.falloff.weight)
@@ -851,12 +889,12 @@ class Decoder(nn.Module):
     def __init__(self, dim, levels, num_classes, iterations, with_masks):
         super().__init__()
         self.levels = levels
-        self.token_norm = nn.LayerNorm(dim)
+        self.token_norm = LayerNorm(dim)
         # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
         # and a small map may still hold many objects.
         self.initial = InitialCenters(dim, OBJECT_GRID, min_cell=1)
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes)
         # At first "no object" has a probability of 0.9, and the classes share the rest.
         nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))
@@ -880,11 +918,9 @@ class Decoder(nn.Module):
             boxes = output["boxes"].detach()
             output["masks"] = self.mask_head(x, boxes, embeddings)
             samples = mask_samples(output["masks"].detach(), boxes)
-        dtype = self.classifier.weight.dtype
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would tie many scores
-            output["logits"] = self.classifier(x.to(dtype))
-            if self.mask_head:
-                output["logits"] = output["logits"] + self.mask_classifier(samples.to(dtype))
+        output["logits"] = in_full_precision(self.classifier, x)  # bfloat16 would tie many scores
+        if self.mask_head:
+            output["logits"] = output["logits"] + in_full_precision(self.mask_classifier, samples)
         return output
 
     def forward(self, maps):

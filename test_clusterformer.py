@@ -324,7 +324,7 @@ def test_the_trace_holds_every_iteration_of_every_clustering_and_changes_nothing
 
 @lowered
 @pytest.mark.parametrize("task", cf.TASKS)
-def test_bfloat16_autocast_is_close_and_keeps_the_assignments_in_float32(task):
+def test_bfloat16_autocast_is_close_and_its_maps_take_half_the_memory(task):
     model, image = random_model(task), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         exact = model(image)
@@ -332,7 +332,7 @@ def test_bfloat16_autocast_is_close_and_keeps_the_assignments_in_float32(task):
             rough, entries = model(image), cf.trace(model, image)
     for key in KEYS[task] | {"logits"}:
         assert (rough[key].float() - exact[key]).abs().mean() < 0.05 * exact[key].abs().mean(), key
-    assert {entry["assignments"][-1].dtype for entry in entries} == {torch.float32}
+    assert {entry[key][-1].dtype for entry in entries for key in ("assignments", "weights")} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
@@ -425,8 +425,20 @@ def shallow(monkeypatch):
     monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))
 
 
+@pytest.mark.parametrize("task", cf.TASKS)
+def test_a_training_step_of_every_task_is_one_graph_that_is_compiled_once(shallow, task):
+    model = random_model(task, drop_path=0.5).train()
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # runs it as it is
+    runner = torch.compile(model, fullgraph=True, backend=backend)
+    for n in ([3, 1], [0, 0]):
+        losses = model.loss(runner(torch.rand(2, 3, 64, 64)), some_targets(task, n))
+        sum(losses.values()).backward()
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
-def test_a_compiled_model_has_no_graph_breaks_and_the_same_outputs_and_gradients(shallow, backend):
+def test_a_compiled_model_has_the_same_outputs_and_gradients(shallow, backend):
     image, found = torch.rand(2, 3, 64, 96), []
     for compiled in (False, True):
         model = random_model().train()
@@ -500,7 +512,7 @@ def test_masks_of_another_size_than_the_images_are_refused():
 # --------------------------------------------------------------------------------------------------
 def test_the_box_prior_is_the_log_of_a_gaussian_over_a_quadrant():
     boxes = torch.tensor([[[0.5, 0.3, 0.4, 0.2]]])
-    priors = cf.box_prior(boxes, 10, 10)[:, 0, :, 0].view(4, 10, 10)
+    priors = cf.box_prior(boxes, 10, 10)[:, 0, 0].view(4, 10, 10)
     x = y = (np.arange(10) + 0.5) / 10
     quadrants = (0.25, 0.4), (0.25, 0.6), (0.35, 0.4), (0.35, 0.6)  # centers, y and x, of 0.1 x 0.2
     for prior, (up, left) in zip(priors, quadrants):
@@ -769,7 +781,7 @@ def test_every_tensor_is_created_on_the_device_of_the_images(monkeypatch, task, 
             evaluation.evaluate(model.eval(), scenes, CPU)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 15), reason="torch 2.6 asks a driver how to convolve; 2.15 is known not to")
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.6 asks a driver how to convolve; 2.14 is known not to")
 @pytest.mark.parametrize("task", cf.TASKS)
 @pytest.mark.parametrize("training", [True, False])
 def test_all_dtypes_agree_under_autocast_for_cuda(task, training):
