@@ -63,7 +63,7 @@ have not read of the paper may prevent both in other ways.
                                            100 in the decoder        per object
     S              dot product             scale * cosine, with a    with a dot product, long
                                            learned scale per head,   vectors win the softmax; divided
-                                           at most 50                by sqrt(d), loss + 0.05
+                                           at most 20                by sqrt(d), loss + 0.05
     q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
     size                                                             clear gain
     q, k: start    -                       random; in stage 1 the    its clusters then follow what is
@@ -218,7 +218,7 @@ class InitialCenters(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
-MAX_SCALE = 50.0  # of S: with it, softmax is nearly an argmax.  A scale above it has no gradient
+MAX_SCALE = 20.0  # of S.  bfloat16 has steps of an eighth there: beyond it, gradients are noise
 
 
 # Inside of clustering and dispatching, heads come before images: (h B, ...) is a batch of h * B

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clusterformer import ClusterBlock, ClusterFormer, pool_cells, prenorm_mlp  # noqa: E402
+from clusterformer import MAX_SCALE, ClusterBlock, ClusterFormer, pool_cells, prenorm_mlp  # noqa: E402
 from data import Folder, Shapes, eval_transform  # noqa: E402
 from train import parameter_groups  # noqa: E402
 
@@ -186,7 +186,7 @@ class Block(nn.Module):
         cosine = options.similarity == "cosine"
         if cosine:
             keys = F.normalize(keys, dim=-1)
-            scale = self.log_scale.clamp(max=math.log(50.0)).exp().view(-1, 1, 1, 1)
+            scale = self.log_scale.clamp(max=math.log(MAX_SCALE)).exp().view(-1, 1, 1, 1)
         else:
             scale = keys.shape[-1] ** -0.5 if options.similarity == "scaled dot" else 1.0
         for t in range(self.iterations + options.last_e_step):
