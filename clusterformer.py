@@ -167,7 +167,7 @@ class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm in the dtype of its input.
 
     Under autocast, nn.LayerNorm returns float32, and all maps of tokens would take twice the memory
-    and time.  Mean and variance are computed in float32 in any case.
+    and time.  Torch computes mean and variance in float32 in any case.
     """
 
     def forward(self, x):
@@ -176,9 +176,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def in_full_precision(module, x):
-    """module(x) in the dtype of its weights, also under autocast: for what is computed once per center.
+    """module(x) in the dtype of its weights, also under autocast: for centers and logits.
 
-    Centers are so few that casting the weights would take longer than the products.
+    Centers are so few that casting the weights would take longer than the products.  Logits in
+    bfloat16 would often be equal.
     """
     with torch.autocast(x.device.type, enabled=False):
         return module(x.to(next(module.parameters()).dtype))
@@ -218,11 +219,13 @@ class InitialCenters(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
-MAX_SCALE = 20.0  # of S.  bfloat16 has steps of an eighth there: beyond it, gradients are noise
+# Limit of the scale of S; a scale above it has no gradient.  bfloat16 rounds an S of 20 to eighths, so
+# exp(S) is off by up to 6 %.  With larger scales, gradients under autocast would be rounding errors.
+MAX_SCALE = 20.0
 
 
-# Inside of clustering and dispatching, heads come before images: (h B, ...) is a batch of h * B
-# products.  With (B h, ...), the weights of a head would have to be copied for every image.
+# In clustering and dispatching, heads come before images: (h B, ...).  All images of a head are then
+# the rows of one product.  With (B h, ...), the weights q, k and v would be copied for every image.
 def split_heads(x, h):
     """(B, n, D) -> (h B, n, d): head j has the channels j d .. j d + d - 1."""
     return x.unflatten(-1, (h, -1)).permute(2, 0, 1, 3).flatten(0, 1)
@@ -230,16 +233,16 @@ def split_heads(x, h):
 
 def join_heads(x, h):
     """(h B, n, d) -> (B, n, D)."""
-    return by_image(x, h).transpose(1, 2).flatten(2)
+    return x.unflatten(0, (h, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def by_image(x, h):
+def images_first(x, h):
     """(h B, ...) -> (B, h, ...), a view."""
     return x.unflatten(0, (h, -1)).transpose(0, 1)
 
 
-def unit(x):
-    """sqrt(d) x / |x|, for x (..., d): F.normalize makes ten kernels of it, F.rms_norm one."""
+def rms_norm(x):
+    """sqrt(d) x / |x|, for x (..., d).  F.normalize needs ten kernels on a GPU, F.rms_norm one."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
@@ -249,9 +252,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
         E-step    M(t)   = softmax_K( S(t) ),   S(t) = scale * cos( q(C(t)), k(I) )
         M-step    C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)
 
-    One iteration, in one head, for one image:
+    One iteration, in one head (d channels of tokens and of centers), for one image:
 
-        tokens I (N, D) --k--> keys (N, d)        queries (K, d) <--q-- centers C(t) (K, D)
+        tokens I (N, d) --k--> keys (N, d)        queries (K, d) <--q-- centers C(t) (K, d)
                |                       |            |                        |
                |                       +--> S = scale * cos                  |
                v                           | softmax over K                  |
@@ -260,7 +263,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
                |      token 1 [   .8        .1          .0   ] sums to 1     |
                |      token 2 [   .2        .7          .0   ] sums to 1     |
                |      ...                   M^T                              v
-               +----> mean over the tokens: softmax over N of S + log M ---> add ---> C(t+1) (K, D)
+               +----> mean over the tokens: softmax over N of S + log M ---> add ---> C(t+1) (K, d)
 
     Paper (Eq. 3, Figure 2b): softmax over K, so every token is divided among the clusters.
     (Ordinary attention takes it over N: every center chooses its tokens, and some tokens may be
@@ -277,9 +280,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
     C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
     the norm, and everything that reads C(T) normalizes it first.
 
-    Cost: S has N * K numbers per head.  An iteration makes four passes over them, and training keeps
-    two such tensors per iteration, log M and the weights.  Inside, heads come before images: with
-    (B, h, ...), matmul would copy the projections for every image.
+    Cost: S has N * K numbers per head.  An iteration writes four tensors of this size (S, log M, their
+    sum and the weights), and training keeps two of them: the gradient of a softmax needs its result.
     """
 
     def __init__(self, dim, num_heads, iterations=3, scale=10.0, alike=False):
@@ -297,9 +299,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.history = None  # a dictionary to fill, while trace() runs
 
     def similarity(self, C, q, keys, bias):
-        """S, (h B, K, N): of centers (h B, K, d) and scaled keys (h B, N, d)."""
-        queries = torch.bmm(C.view(self.num_heads, -1, C.shape[-1]), q).view_as(C)
-        S = torch.bmm(unit(queries), keys.mT)
+        """S, (h B, K, N).  C: (h B, K, d).  keys: (h B, N, d), scaled."""
+        queries = torch.bmm(C.reshape(self.num_heads, -1, C.shape[-1]), q).view(C.shape)  # (h B, K, d)
+        S = torch.bmm(rms_norm(queries), keys.mT)
         return S if bias is None else S + bias
 
     def forward(self, centers, tokens, bias=None):
@@ -309,38 +311,41 @@ class RecurrentCrossAttentionClustering(nn.Module):
         bias: added to S, broadcast to (h, B, K, N): the log of a prior; finite.
         Returns C(T), (B, K, D), and M(T), (B, h, K, H, W), or (B, h, K, N).
         """
-        (B, *size, D), h = tokens.shape, self.num_heads
-        # Under autocast, everything is computed in its dtype.  Softmax alone would return float32.
-        on = torch.is_autocast_enabled(tokens.device.type)
-        dtype = torch.get_autocast_dtype(tokens.device.type) if on else tokens.dtype
-        with torch.autocast(tokens.device.type, enabled=False):
-            q, k, v = (weight.to(dtype) for weight in (self.q, self.k, self.v))
-            heads = tokens.to(dtype).reshape(-1, h, D // h).transpose(0, 1)  # (h, B N, d), a view
+        B, h, device = tokens.shape[0], self.num_heads, tokens.device.type
+        d = tokens.shape[-1] // h
+        # All is computed in the dtype of autocast, if it is on.  Left to itself, softmax would return
+        # float32, and all maps of K x N would take twice the memory.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        with torch.autocast(device, enabled=False):
+            q, k, v = self.q.to(dtype), self.k.to(dtype), self.v.to(dtype)  # (h, d, d) each
+            heads = tokens.to(dtype).reshape(-1, h, d).transpose(0, 1)  # (h, B N, d), a view
             scale = self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
-            # Both q(C) and k(I) are sqrt(d) times as long as unit vectors.
-            keys = unit(torch.bmm(heads, k)) * (scale * h / D).to(dtype).view(h, 1, 1)
-            values = torch.bmm(heads, v)
-            keys, values = (x.view(h * B, -1, D // h) for x in (keys, values))  # (h B, N, d)
-            C = split_heads(centers.to(dtype), h)  # (h B, K, d)
+            scale = (scale / d).to(dtype).view(h, 1, 1)  # rms_norm gives queries and keys the length sqrt(d)
+            keys = (rms_norm(torch.bmm(heads, k)) * scale).view(h * B, -1, d)  # (h B, N, d)
+            values = torch.bmm(heads, v).view(h * B, -1, d)  # (h B, N, d)
+            C, steps = split_heads(centers.to(dtype), h), []  # (h B, K, d)
             if bias is not None:
                 bias = bias.to(dtype).expand(h, B, -1, -1).flatten(0, 1)  # (h B, K, N)
-            if self.history is not None:
-                self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), values=by_image(values, h))
-                self.history |= dict(centers=[join_heads(C, h)], assignments=[], weights=[])
             for _ in range(self.iterations):
                 S = self.similarity(C, q, keys, bias)  # (h B, K, N)
                 log_M = S.log_softmax(1)  # E-step, over K (Paper)
                 weights = (S + log_M).softmax(2)  # M-step, over N: M exp(S), divided by its sum
                 C = torch.baddbmm(C, weights, values)  # C + weights @ values, (h B, K, d)
                 if self.history is not None:
-                    self.history["assignments"].append(by_image(log_M.exp(), h))
-                    self.history["weights"].append(by_image(weights, h))
-                    self.history["centers"].append(join_heads(C, h))
-            M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step
-        M = by_image(M, h)
+                    steps.append((join_heads(C, h), log_M.exp(), weights))
+            M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step, (h B, K, N)
         if self.history is not None:
-            self.history["assignments"].append(M)
-        return join_heads(C, h).to(centers.dtype), M.unflatten(-1, size)
+            self.record(centers, tokens, values, steps, M)
+        C = join_heads(C, h).to(centers.dtype)  # the centers of the decoder stay float32
+        return C, images_first(M, h).unflatten(-1, tokens.shape[1:-1])
+
+    def record(self, centers, tokens, values, steps, M):
+        """Fill the history with what trace() returns."""
+        later, assignments, weights = zip(*steps)
+        by_image = lambda maps: [images_first(x, self.num_heads) for x in maps]
+        self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), values=by_image([values])[0])
+        self.history |= dict(centers=[centers, *later], assignments=by_image([*assignments, M]))
+        self.history |= dict(weights=by_image(weights))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,8 +372,8 @@ class FeatureDispatching(nn.Module):
         """centers: (B, K, D).  assignment: (B, h, K, H, W).  Returns a map (B, H, W, D), at first zero."""
         h, size = self.num_heads, assignment.shape[3:]
         M = assignment.flatten(3).transpose(0, 1).flatten(0, 1)  # (h B, K, N)
-        told = split_heads(in_full_precision(self.mlp, centers), h)  # (h B, K, d)
-        received = torch.bmm(M.mT, told.to(M.dtype))  # sum_k M_ki MLP(C_k), (h B, N, d)
+        messages = split_heads(in_full_precision(self.mlp, centers), h)  # MLP(C), (h B, K, d)
+        received = torch.bmm(M.mT, messages.to(M.dtype))  # sum_k M_ki MLP(C_k), (h B, N, d)
         return join_heads(received, h).unflatten(1, size)
 
 
@@ -404,7 +409,7 @@ class ClusterBlock(nn.Module):
         """x + branch; in training, an image skips the branch with probability drop_path."""
         if self.training and self.drop_path:
             keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.drop_path
-            branch = branch * (keep / (1 - self.drop_path)).to(branch.dtype)
+            branch = branch * (keep / (1 - self.drop_path)).to(branch.dtype)  # float32 would spread to x
         return x + branch
 
     def forward(self, x):
@@ -562,7 +567,7 @@ class ClassificationHead(nn.Module):
         tokens = self.norm(maps[-1])
         C, _ = self.cluster(self.initial(tokens), tokens)
         mean = self.center_norm(C).mean(1)  # (B, D)
-        return {"logits": in_full_precision(self.classifier, mean)}  # bfloat16 would tie likely classes
+        return {"logits": in_full_precision(self.classifier, mean)}
 
     def loss(self, output, targets):
         """Cross-entropy, a sum over images.  targets: (B,) classes, or (B, classes) probabilities."""
@@ -918,7 +923,7 @@ class Decoder(nn.Module):
             boxes = output["boxes"].detach()
             output["masks"] = self.mask_head(x, boxes, embeddings)
             samples = mask_samples(output["masks"].detach(), boxes)
-        output["logits"] = in_full_precision(self.classifier, x)  # bfloat16 would tie many scores
+        output["logits"] = in_full_precision(self.classifier, x)
         if self.mask_head:
             output["logits"] = output["logits"] + in_full_precision(self.mask_classifier, samples)
         return output

@@ -427,8 +427,8 @@ def shallow(monkeypatch):
 
 @pytest.mark.parametrize("task", cf.TASKS)
 def test_a_training_step_of_every_task_is_one_graph_that_is_compiled_once(shallow, task):
-    model = random_model(task, drop_path=0.5).train()
-    graphs = []
+    torch.compiler.reset()  # forget the sizes of other tests
+    model, graphs = random_model(task, drop_path=0.5).train(), []
     backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # runs it as it is
     runner = torch.compile(model, fullgraph=True, backend=backend)
     for n in ([3, 1], [0, 0]):

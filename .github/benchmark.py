@@ -112,10 +112,10 @@ def in_a_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def benchmark(variant, task, image_size, batch_size, device, compiled=False, rounds=9):
+def benchmark(variant, task, image_size, batch_size, device, compiled=None, rounds=9):
     """Measure a variant and, for cls, its peers.  Returns a dictionary per model.
 
-    image_size: (height, width).
+    image_size: (height, width).  compiled: a mode of torch.compile, to measure compiled models, too.
     In each round, every model is timed once.  The load of a machine changes between rounds, so each
     ratio to the first model is taken within a round, and the median over the rounds is returned.
     """
@@ -136,8 +136,8 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=False, rou
         macs = counter.get_total_flops() // 2
         rows.append(dict(model=name, parameters=parameters, macs=macs, memory=memory))
         model = model.to(device)
-        for mode in ["eager", "compiled"][: 1 + compiled]:
-            runner = torch.compile(model) if mode == "compiled" else model
+        for mode in ["eager", compiled] if compiled else ["eager"]:
+            runner = model if mode == "eager" else torch.compile(model, mode=mode)
             runs[name, mode, "forward"] = (runner, images)
             optimizer = torch.optim.AdamW(model.parameters(), fused=True)
             runs[name, mode, "training"] = (runner, images, optimizer)
@@ -201,8 +201,8 @@ def main():
     parser.add_argument("--image-size", type=int, nargs="+", help=size)
     batch_size = "images per step (default: cls 128, on a CPU 8; dense tasks 16, on a CPU 1)"
     parser.add_argument("--batch-size", type=int, help=batch_size)
-    compiled = "also measure compiled models; takes minutes to start"
-    parser.add_argument("--compile", action="store_true", help=compiled)
+    compiled = "also measure compiled models, reduce-overhead: with CUDA graphs; takes minutes to start"
+    parser.add_argument("--compile", nargs="?", const="default", choices=["default", "reduce-overhead"], help=compiled)
     data = "also measure how fast DIR/train/<class>/ loads (default: not measured)"
     parser.add_argument("--data", metavar="DIR", help=data)
     args = parser.parse_args()
