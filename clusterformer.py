@@ -176,10 +176,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def in_full_precision(module, x):
-    """module(x) in the dtype of its weights, also under autocast: for centers and logits.
+    """module(x) in the dtype of its weights, also under autocast: for MLPs of centers and for classifiers.
 
-    Centers are so few that casting the weights would take longer than the products.  Logits in
-    bfloat16 would often be equal.
+    Centers are so few that casting the weights would take longer than the products.  Classifiers in
+    bfloat16 would often give two classes the same logit.
     """
     with torch.autocast(x.device.type, enabled=False):
         return module(x.to(next(module.parameters()).dtype))
@@ -281,7 +281,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
     the norm, and everything that reads C(T) normalizes it first.
 
     Cost: S has N * K numbers per head.  An iteration writes four tensors of this size (S, log M, their
-    sum and the weights), and training keeps two of them: the gradient of a softmax needs its result.
+    sum and the weights; five with a bias).  Training keeps log M and the weights: the gradient of a
+    softmax needs its result.
     """
 
     def __init__(self, dim, num_heads, iterations=3, scale=10.0, alike=False):
@@ -323,9 +324,10 @@ class RecurrentCrossAttentionClustering(nn.Module):
             scale = (scale / d).to(dtype).view(h, 1, 1)  # rms_norm gives queries and keys the length sqrt(d)
             keys = (rms_norm(torch.bmm(heads, k)) * scale).view(h * B, -1, d)  # (h B, N, d)
             values = torch.bmm(heads, v).view(h * B, -1, d)  # (h B, N, d)
-            C, steps = split_heads(centers.to(dtype), h), []  # (h B, K, d)
+            C = split_heads(centers.to(dtype), h)  # (h B, K, d)
             if bias is not None:
                 bias = bias.to(dtype).expand(h, B, -1, -1).flatten(0, 1)  # (h B, K, N)
+            steps = []  # for trace()
             for _ in range(self.iterations):
                 S = self.similarity(C, q, keys, bias)  # (h B, K, N)
                 log_M = S.log_softmax(1)  # E-step, over K (Paper)
@@ -336,7 +338,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
             M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step, (h B, K, N)
         if self.history is not None:
             self.record(centers, tokens, values, steps, M)
-        C = join_heads(C, h).to(centers.dtype)  # the centers of the decoder stay float32
+        C = join_heads(C, h).to(centers.dtype)  # in the decoder, centers are float32
         return C, images_first(M, h).unflatten(-1, tokens.shape[1:-1])
 
     def record(self, centers, tokens, values, steps, M):
