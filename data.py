@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Data sets and augmentation, independent of the model.
+"""Data sets and augmentation, independent of the model, and what the scripts share: processes and errors.
 
     shapes        scenes drawn from (seed, epoch, index): no files, new scenes in every epoch
-    Folder        DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg, for example ImageNet
-    COCO          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments
-    ADE20K        DIR/images/ and DIR/annotations/: label maps of any number of classes
+    Folder        DIR/{train,val}/<class>/*.jpg, for example ImageNet
+    Coco          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments
+    Ade           DIR/{images,annotations}/: label maps of any number of classes
 
-Files from many tools are accepted as long as their meaning is unambiguous.  If it is not, the run
-ends with a one-line error before the first step.
+The standard form of each format is read.  Everything else ends in one line that names the file, the
+entry and what to do: names, ids and annotations before the first step, images and maps when they are read.
 
 A sample and its augmentation depend only on (seed, epoch, index), the order of samples on (seed,
-epoch), and mixup and cutmix on (seed, step).  A run that is repeated, split over more devices or
-resumed therefore sees the same images.
+epoch), and mixup and cutmix on (seed, step).  A run that is repeated or resumed sees the same images.
 """
 
+import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import signal
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -34,22 +36,68 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
-from torchvision.datasets.folder import is_image_file, make_dataset
+from torchvision.datasets import folder as image_folder
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
 
+# --------------------------------------------------------------------------------------------------
+# Errors and processes
+# --------------------------------------------------------------------------------------------------
 class InputError(ValueError):
     """A problem with the user's files or flags: one line with what is wrong, where, and the fix."""
 
 
-class Unreadable(InputError):
-    """An image file that is truncated or not an image.  Training skips a few of these."""
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
 
 
-# -------------------------------------------------------------------------------------------------
+def in_one_line(main):
+    """Call main.  An InputError ends the program with one line, not with a traceback."""
+    try:
+        main()
+    except InputError as error:
+        # From a loader process, it arrives with a traceback; the last line is the message.
+        message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C, as in shells; no traceback
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start_processes():
+    """Join the processes of torchrun, if any.  Returns rank, number of processes, and device."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise InputError(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
+    if world_size > 1:
+        # One process runs COCO's evaluation, which takes longer than the 10 minutes of NCCL.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    return rank, world_size, device
+
+
+def default_workers():
+    """Loader processes for each training process: its share of the cores less two, 16 at most.
+
+    On two cores it is 0: a loader would compete with the threads of the training process.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
+
+
+# --------------------------------------------------------------------------------------------------
 # Shapes: scenes with things, stuff, occlusion and texture, drawn in about a millisecond
 # -------------------------------------------------------------------------------------------------
 def star(u, v):
@@ -176,6 +224,9 @@ class Shapes(Dataset):
     def name(self, index):
         return f"scene {index}"
 
+    def summary(self):
+        return f"{len(self)} scenes of shapes, {len(self.classes)} classes"
+
     def scene(self, epoch, index):
         """Image, uint8 (3, size, size), list of (class, mask: bool (size, size)), and label (cls)."""
         drawn_from = (0, self.seed, epoch, index) if self.split == "train" else (1, index)
@@ -233,10 +284,11 @@ class Shapes(Dataset):
         return torch.tensor([-1, *(segment["category_id"] - 1 for segment in table)])[ids]
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images, and folders of classes
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 MEAN_COLOR = [124, 116, 104]  # ImageNet's mean; fills what erasing and rotation remove
+EIGHT_BITS = "1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"  # Pillow's modes
 
 
 @contextlib.contextmanager
@@ -250,28 +302,23 @@ def seeded(*numbers):
 
 @contextlib.contextmanager
 def opened(path):
-    """A PIL image.  Raises Unreadable if the file is truncated or not an image."""
+    """A PIL image.  Raises InputError if the file is truncated, or no image of 8 bits a channel."""
     try:
         with Image.open(path) as image:
+            if image.mode not in EIGHT_BITS:
+                raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
             yield image
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         what = f"cannot be read as an image ({error}); replace or remove it"
-        raise Unreadable(f"{path}: {what}") from error
-
-
-def header_size(path):
-    """Height and width that load_image would return, without decoding pixels."""
-    with opened(path) as image:
-        exif = Image.Image.getexif(image)  # PNG's own getexif() decodes the image
-        return image.size if exif.get(0x0112) in range(5, 9) else image.size[::-1]
+        raise InputError(f"{path}: {what}") from error
 
 
 def load_image(path):
-    """PIL RGB, upright.  Accepts gray, palette, CMYK, 16-bit and EXIF-rotated files."""
+    """PIL RGB, upright."""
     with opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image
-        if image.mode.startswith("I"):  # 16-bit gray; convert() would clip at 255 instead of scaling
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
@@ -297,11 +344,6 @@ def eval_transform(size):
     return v2.Compose([resize, v2.CenterCrop(size), v2.ToImage(), v2.ToPureTensor()])
 
 
-def is_hidden(name):
-    """Whether a file or folder was probably created by the system or a tool, not by the user."""
-    left_behind = "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"
-    return name.startswith(".") or name in left_behind
-
 
 def need(*paths, takes):
     """Raise InputError if a file or folder of a data set is missing."""
@@ -311,33 +353,28 @@ def need(*paths, takes):
 
 
 def folder_of(root, split):
-    """DIR/train, or the one of DIR/val, DIR/valid and DIR/validation that exists."""
-    names = ("train",) if split == "train" else ("val", "valid", "validation")
-    there = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
-    if len(there) > 1:
-        raise InputError(f"{root}: {there[0]} and {there[1]} are both there; keep one of the two")
-    return there[0] if there else os.path.join(root, names[0])
+    """DIR/train, or DIR/val, or DIR/valid if there is no DIR/val."""
+    path = os.path.join(root, split)
+    other = os.path.join(root, "valid")
+    return other if split == "val" and not os.path.isdir(path) and os.path.isdir(other) else path
 
 
 class Folder(Dataset):
     """DIR/<split>/<class>/*.jpg.  classes: list of names in order of their labels; None: as found."""
 
-    surveyed = Counter(), []  # nothing for check() to verify
-
     def __init__(self, root, split, transform, seed=0, classes=None):
         folder = folder_of(root, split)
         need(root, folder, takes="DIR/train/<class>/ and DIR/val/<class>/")
-        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not is_hidden(x.name))
-        self.classes = found if classes is None else list(classes)
+        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith("."))
+        self.classes = list(classes or found)
         unknown = [name for name in found if name not in self.classes]
         if unknown:
             names = f"{', '.join(unknown[:5])}; rename or remove them"
             raise InputError(f"{folder}: {len(unknown)} classes that the model is not trained for: {names}")
         labels = {name: self.classes.index(name) for name in found}
-        hidden = lambda path: any(map(is_hidden, path[len(folder) :].split(os.sep)))
-        shown = lambda path: is_image_file(path) and not hidden(path)
+        shown = lambda path: image_folder.is_image_file(path) and "/." not in path[len(folder) :]
         try:
-            samples = make_dataset(folder, labels, is_valid_file=shown)
+            samples = image_folder.make_dataset(folder, labels, is_valid_file=shown)
         except (FileNotFoundError, ValueError) as error:  # a class without images, or no class
             what = str(error).strip(" .").replace("\n", " ") if found else "no class folder in it"
             raise InputError(f"{folder}: {what}; put images into a folder for each class") from error
@@ -351,8 +388,8 @@ class Folder(Dataset):
     def name(self, index):
         return os.fsdecode(self.paths[index])
 
-    def describe(self, total):
-        return [f"{len(self)} images, {len(self.classes)} classes"]
+    def summary(self):
+        return f"{len(self)} images, {len(self.classes)} classes"
 
     def __getitem__(self, key):
         """key: (epoch, index).  Returns the image, uint8 (3, size, size), and its label, an int."""
@@ -361,15 +398,9 @@ class Folder(Dataset):
             return self.transform(image), int(self.labels[key[1]])
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Dense data sets: every object, or every pixel, has a label
-# -------------------------------------------------------------------------------------------------
-def box_tensor(boxes, size):
-    """Convert n lists [left, top, right, bottom], in pixels of an image of size (H, W)."""
-    boxes = torch.tensor(boxes).float().view(-1, 4)
-    return tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-
-
+# --------------------------------------------------------------------------------------------------
 def dense_train_transform(task, size, least, color):
     """Augmentation of an image and its target, and a random crop of size x size pixels.
 
@@ -402,23 +433,25 @@ def dense_eval_transform(task, size):
 def training_sample(image, labels, boxes, masks, transform):
     """Augment an image and its target.
 
-    image: tv_tensors.Image.  labels: n ints.  boxes: from box_tensor, or None if there are masks.
+    image: tv_tensors.Image.  labels: n ints.  boxes: n lists xyxy in pixels, or None if there are masks.
     masks: bool (n, H, W); or a map (H, W) from numbered(), if they do not overlap, because one map is
     faster to transform than n masks; or None.  Returns image and target: see Dense.
     """
     parts = dict(labels=torch.tensor(list(labels), dtype=torch.int64))
     if masks is None:
-        parts["boxes"] = boxes
+        corners = torch.tensor(boxes).float().view(-1, 4)
+        parts["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=image.shape[-2:])
     else:  # resizing bool converts it to float, which is nine times slower than uint8
         parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
     labels = parts["labels"]
-    if masks is not None and masks.ndim == 2:
-        cropped = parts["masks"].as_subclass(torch.Tensor)
-        present = cropped.flatten().bincount(minlength=1)[1:].nonzero()[:, 0]  # unique() would sort all pixels
-        labels, masks = labels[present], cropped == (present + 1).view(-1, 1, 1)
-    elif masks is not None:
-        masks = parts["masks"].as_subclass(torch.Tensor).bool()
+    if masks is not None:
+        map_or_masks = parts["masks"].as_subclass(torch.Tensor)
+        if masks.ndim == 2:
+            present = map_or_masks.flatten().bincount(minlength=1)[1:].nonzero()[:, 0]  # unique() would sort
+            labels, masks = labels[present], map_or_masks == (present + 1).view(-1, 1, 1)
+        else:
+            masks = map_or_masks.bool()
     target = target_of(labels, parts.get("boxes"), masks, tuple(image.shape[-2:]))
     return image.as_subclass(torch.Tensor), target
 
@@ -450,7 +483,7 @@ class Dense(Dataset):
     """What Coco and Ade share.
 
     `classes` are names, `things` says which are countable, and `categories` are their numbers in the
-    files.  A row of `images` is file name, number, and more.
+    files.  A row of `images` is file name, number, and size (Coco) or label map (Ade).
 
     In training, data[epoch, index] is a crop, uint8 (3, size, size), and its target, a dictionary:
         labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
@@ -459,8 +492,6 @@ class Dense(Dataset):
     In evaluation, it has the image's `index` and its `size` (H, W) in the file.  The ground
     truth comes from coco() for det and inst, label_map(index) for sem, segments(index) for pan.
     """
-
-    surveyed = None  # result of survey(self.check, ...), if there is one already
 
     def __len__(self):
         return len(self.images)
@@ -472,17 +503,18 @@ class Dense(Dataset):
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(key[1]))))
         size = tuple(image.shape[-2:])
         if max(size) > 100 * min(size):  # resized to the usual sizes, no pixel would be left
-            raise Unreadable(f"{self.name(key[1])}: {size[1]} x {size[0]} pixels are too thin; remove or cut it")
+            raise InputError(f"{self.name(key[1])}: {size[1]} x {size[0]} pixels are too thin; remove it")
+        target = self.truth(key[1], size)
         if self.split == "val":
             return self.transform(image).as_subclass(torch.Tensor), dict(index=key[1], size=size)
-        target = self.truth(key[1], size)
         with seeded(self.seed, *key):
             return training_sample(image, *target, self.transform)
 
 
-def check_size(path, size, other, whose):
+def need_size(path, size, other, whose):
+    """Raise InputError unless two sizes (H, W) are equal."""
     if tuple(size) != tuple(other):
-        sides = f"{size[1]} x {size[0]} pixels, {whose} has {other[1]} x {other[0]}"
+        sides = f"{size[1]} x {size[0]} pixels upright, {whose} has {other[1]} x {other[0]}"
         raise InputError(f"{path}: {sides}; correct or remove one")
 
 
@@ -505,270 +537,161 @@ class Packed:
         return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]])
 
 
-# Which values of COCO's entries are used, and how they are parsed
-def number(value):
-    """Parse a number in any form, as 7, 7.0, "7" or "7.5".  Returns an int if it is whole."""
-    value = int(value) if isinstance(value, int) or str(value).isdecimal() else float(value)
-    return value if math.isnan(value) or value != math.floor(value) else int(value)  # inf: an error
-
-
-def identifier(value):
-    """Parse an id.  7, 7.0 and "7" are the same; any other text is a different id, also "07"."""
-    is_text = isinstance(value, str) and not re.fullmatch("0|-?[1-9][0-9]*", value)
-    return value if is_text else whole(value)
-
-
-whole = lambda value: number(value) if isinstance(number(value), int) else None
-positive = lambda value: max(0, whole(value) or 0) or None
-flag = lambda default: lambda value: default if value is None else {0: 0, 1: 1}.get(number(value))
-box = lambda value: [*map(number, value)] if isinstance(value, list) and len(value) == 4 else None
-text = lambda value: value if isinstance(value, str) else None
-COCO_ENTRIES = dict(  # the required keys of each entry
-    images=dict(id=identifier, file_name=text, width=positive, height=positive),
-    categories=dict(id=identifier, name=text, isthing=flag(1)),
-    instances=dict(image_id=identifier, category_id=identifier, bbox=box, iscrowd=flag(0)),
-    panoptic=dict(image_id=identifier, file_name=text),
-    segments=dict(id=positive, category_id=identifier, iscrowd=flag(0)),
-)
-UNUSABLE = AttributeError, KeyError, OverflowError, TypeError, ValueError  # raised by a parser; it may also return None
-
-
-def clean(rows, kind, where):
-    """Parse the rows of a table of a COCO file as in COCO_ENTRIES."""
-    if not isinstance(rows, list):
-        raise InputError(f"{where} is not a list of entries, as in COCO's format; correct it")
-    for i, row in enumerate(rows):
-        for key, read in COCO_ENTRIES[kind].items():
-            value = None
-            with contextlib.suppress(*UNUSABLE):
-                value = row[key] = read(row.get(key))
-            if value is None:
-                raise InputError(f"{where}[{i}] has no usable {key}; correct or remove the entry")
-    return rows
-
-
-def match_ids(rows, users, key, path):
-    """Raise InputError if ids of rows are not unique, or if users refer by `key` to missing ones."""
-    if any(isinstance(row["id"], str) for row in rows):  # then make all text: "7" and 7 are one entry
-        for row, name in [(row, "id") for row in rows] + [(user, key) for user in users]:
-            row[name] = str(row[name])
-    known = {row["id"] for row in rows}
-    if len(known) < len(rows):
-        raise InputError(f"{path}: {key} is not unique in its table; number entries differently")
-    for i, user in enumerate(users):
-        if user[key] not in known:
-            who = f"annotation {user.get('id', i)} has {key} {user[key]}, which is not in its table"
-            raise InputError(f"{path}: {who}; add or remove one")
+def expect(good, what):
+    if not good:
+        raise ValueError(what)
 
 
 def fits(rle, pixels):
     """Whether run lengths end within so many pixels; if not, pycocotools raises ValueError."""
     with contextlib.suppress(ValueError):
-        return mask_utils.decode(rle | dict(size=[1, pixels])) is not None
+        return mask_utils.decode(dict(size=[1, pixels], counts=rle["counts"])) is not None
 
 
-def rle_of(mask, size):
-    """Convert a mask (polygons, or run lengths as numbers or text) to run lengths as text.
+def run_lengths_of(mask, size):
+    """Polygons, or run lengths as numbers or text, as run lengths in text; None if they are empty.
 
-    Returns None if it is empty.  Raises one of UNUSABLE if it has another form or size.
+    Raises ValueError if they have another form, or another size than the image's, (H, W).
     """
-    if not mask:
-        return None
     if isinstance(mask, list):
-        polygons = [np.array(polygon, np.float64) for polygon in mask]
         # Fewer than three points enclose nothing, and pycocotools would read four numbers as a box.
-        good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()]
-        if any(p.ndim != 1 for p in polygons) or any(np.abs(p).max() >= 1e5 for p in good):
-            raise ValueError  # no polygons, or so far outside that drawing them takes gigabytes
-        rle = mask_utils.merge(mask_utils.frPyObjects(good, *size)) if good else None
+        mask = [polygon for polygon in mask if len(polygon) >= 6]
+        far = any(len(polygon) % 2 or not np.abs(polygon).max() < 1e5 for polygon in mask)  # or NaN
+        expect(not far, "a polygon is no list of x, y, x, y, ... in the image")
+        rle = mask_utils.merge(mask_utils.frPyObjects(mask, *size)) if mask else None
     else:
-        rle, pixels = dict(size=[*size], counts=mask["counts"]), math.prod(size)
-        if isinstance(rle["counts"], list):
-            rle = mask_utils.frPyObjects(rle | dict(counts=[*map(whole, rle["counts"])]), *size)
-        elif not re.fullmatch("[0-o]*[0-O]", rle["counts"]):  # the last number must be complete
-            raise ValueError
-        # If runs end too early, pycocotools leaves the remaining pixels uninitialized.
-        if [*map(whole, mask["size"])] != [*size] or fits(rle, pixels - 1) or not fits(rle, pixels):
-            raise ValueError
+        expect(list(mask["size"]) == list(size), f"the size of its run lengths is not {[*size]}")
+        rle = mask_utils.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else dict(mask)
+        # If runs end too early, pycocotools would return what was in memory.
+        whole = fits(rle, math.prod(size)) and not fits(rle, math.prod(size) - 1)
+        expect(whole, "its run lengths do not add up to its size")
     return rle if rle and mask_utils.area(rle) else None
-
-
-def usable(entry, size, task, where):
-    """Whether an object has an area and, for inst, a mask.
-
-    Sets `box`, clipped to the image of size (H, W), and `segmentation`, run lengths.  If `area` is
-    missing, sets it to that of the mask, or else of the bbox.
-    """
-    x1, y1, width, height = entry["bbox"]
-    x2, y2, x1, y1 = min(x1 + width, size[1]), min(y1 + height, size[0]), max(x1, 0), max(y1, 0)
-    area, rle = entry.get("area"), None
-    known = isinstance(area, (int, float)) and 0 <= area < math.inf
-    if task == "inst" or not known:
-        try:
-            rle = rle_of(entry.get("segmentation"), size)
-        except UNUSABLE as error:
-            if task == "inst":
-                what = f"neither polygons in its image nor run lengths of size {[*size]}"
-                raise InputError(f"{where} has a mask that is {what}; correct or remove it") from error
-    area = area if known else int(mask_utils.area(rle)) if rle else width * height
-    entry |= dict(box=[x1, y1, x2, y2], segmentation=rle, area=area)
-    return x2 > x1 and y2 > y1 and (task == "det" or rle is not None)  # False for nan
 
 
 class Coco(Dense):
     """COCO 2017's layout with any categories: DIR/{train,val}2017/*.jpg and
 
     det, inst   DIR/annotations/instances_{train,val}2017.json: boxes, and masks as polygons or RLE
-    pan         DIR/annotations/panoptic_{train,val}2017.json: a segment for every pixel, things and
-                stuff; PNGs in the folder panoptic_{train,val}2017 beside it or in DIR
+    pan         DIR/annotations/panoptic_{train,val}2017.json, and PNGs in the folder of that name: a
+                segment for every pixel, things and stuff
 
     or, for det and inst, an export of a labeling tool: DIR/{train,valid}/_annotations.coco.json with
-    the images beside it.  Crowds are not trained on.  `dropped` counts objects without area or, for
-    inst, without mask.
-    classes: names of the model's classes, which define the labels; None: use those of the file.
+    the images beside it.  Crowds are not trained on.
+    classes: names of the model's classes, which define the labels; None: those of the file.
     """
 
     def __init__(self, root, split, task, transform, seed=0, classes=None):
         self.task, self.split, self.transform, self.seed = task, split, transform, seed
-        self.find(root, split)
-        images, categories, annotations, parts = self.read()
-        self.crowds = sum(part["iscrowd"] for part in parts)
-        self.objects = len(parts) - self.crowds
-        if not self.objects:
-            what = f"no usable annotation; {self.dropped} have no area or, for inst, no mask"
-            raise InputError(f"{self.path}: {what}")
-        self.choose_classes(categories, {part["category_id"] for part in parts}, classes)
-        label = {number: label for label, number in enumerate(self.categories)}
-        entries = {image["id"]: [] for image in images}
+        kind = f"{'panoptic' if task == 'pan' else 'instances'}_{split}2017"
+        self.folder, self.maps = os.path.join(root, f"{split}2017"), os.path.join(root, "annotations", kind)
+        self.path = self.maps + ".json"
+        export = os.path.join(folder_of(root, split), "_annotations.coco.json")
+        if task != "pan" and os.path.exists(export):
+            if os.path.exists(self.path):
+                raise InputError(f"{root}: {export} and {self.path} are both there; keep one of them")
+            self.folder, self.path = os.path.dirname(export), export
+        takes = f"DIR/{split}2017/ and, for --task {task}, DIR/annotations/{kind}.json"
+        takes += f" and {kind}/*.png" if task == "pan" else f", or with {export} and images"
+        need(root, self.folder, self.path, *[self.maps][: task == "pan"], takes=takes)
+        images, annotations = self.read(classes)
+        label = {number: i for i, number in enumerate(self.categories)}
+        entries = {number: [] for number in images}
         for x in annotations:
             if task == "pan":
                 entries[x["image_id"]].append((x["file_name"], x["segments_info"]))
             elif not x["iscrowd"]:
                 entries[x["image_id"]].append((label[x["category_id"]], x["box"], x["segmentation"]))
-        images.sort(key=lambda image: image["id"])
-        self.images = Packed((x["file_name"], x["id"], (x["height"], x["width"])) for x in images)
-        self.entries = Packed(entries[image["id"]] for image in images)
+        rows = [images[number] for number in sorted(images)]
+        self.images = Packed((x["file_name"], x["id"], (x["height"], x["width"])) for x in rows)
+        self.entries = Packed(entries[x["id"]] for x in rows)
 
-    def find(self, root, split):
-        """Set `path` (annotation file), `folder` (of images) and, for pan, `maps` (folder of PNGs)."""
-        kind = f"{'panoptic' if self.task == 'pan' else 'instances'}_{split}2017"
-        places = [os.path.join(root, "annotations", kind), os.path.join(root, kind)]
-        self.folder, self.path = os.path.join(root, f"{split}2017"), places[0] + ".json"
-        self.maps = next(filter(os.path.isdir, places), places[0])
-        export = os.path.join(folder_of(root, split), "_annotations.coco.json")
-        self.exported = self.task != "pan" and os.path.exists(export)
-        if self.exported and os.path.exists(self.path):
-            raise InputError(f"{root}: {export} and {self.path} are both there; keep one of them")
-        if self.exported:
-            self.folder, self.path = os.path.dirname(export), export
-        takes = f"DIR/{split}2017/ and, for --task {self.task}, DIR/annotations/{kind}.json"
-        takes += f" and {kind}/*.png" if self.task == "pan" else f", or with {export} and images"
-        need(root, self.folder, self.path, *[self.maps] * (self.task == "pan"), takes=takes)
+    def read(self, classes):
+        """Images by id, and annotations, of the file.  Sets classes, things, categories and counts.
 
-    def read(self):
-        """Read the annotation file, for training and evaluation.
-
-        Returns images, categories, `usable` annotations, and parts: the annotations or, for pan, their
-        segments.
+        Raises InputError with the first entry that lacks something, or has something of another kind.
         """
+        where, images, numbers = "", {}, {}
         try:
             with open(self.path, "rb") as file:
-                content = json.load(file)  # bytes, so that json handles byte order marks and UTF-16
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path}: not readable as JSON ({error}); replace it") from error
-        content, pan = content if isinstance(content, dict) else {}, self.task == "pan"
-        kinds = dict(images="images", categories="categories")
-        kinds["annotations"] = "panoptic" if pan else "instances"
-        tables = [clean(content.get(x), kind, f"{self.path}: {x}") for x, kind in kinds.items()]
-        images, categories, annotations = tables
-        match_ids(images, annotations, "image_id", self.path)
-        self.locate(images, self.folder)
-        where, parts = f"{self.path}: annotations[{{}}]".format, annotations
-        if pan:
-            self.locate(annotations, self.maps)
-            parts = []
-            for i, x in enumerate(annotations):
-                parts += clean(x.get("segments_info"), "segments", f"{where(i)}.segments_info")
-        match_ids(categories, parts, "category_id", self.path)
-        if not pan:
-            sizes = {x["id"]: (x["height"], x["width"]) for x in images}
-            good = [usable(x, sizes[x["image_id"]], self.task, where(i)) for i, x in enumerate(annotations)]
-            parts = annotations = [x for x, is_good in zip(annotations, good) if is_good]
-        self.dropped = len(tables[2]) - len(annotations)
-        return images, categories, annotations, parts
+                content = json.load(file)
+            there = {*os.listdir(self.folder)}
+            for i, x in enumerate(content["images"]):
+                where, name = f"images[{i}]", x["file_name"]
+                good = isinstance(x["id"], int) and x["id"] not in images
+                expect(good, "ids must be different whole numbers")
+                expect(min(x["height"], x["width"]) > 0, "height and width must be positive")
+                here = name in there or "/" in name and os.path.exists(os.path.join(self.folder, name))
+                expect(here, f"{name} is not in {self.folder}")
+                images[x["id"]] = x
+            for i, x in enumerate(content["categories"]):
+                where = f"categories[{i}]"
+                expect(isinstance(x["id"], int), "ids must be whole numbers")
+                expect(x["name"] not in numbers, "names must be different")
+                numbers[x["name"]], x["isthing"] = x["id"], x.get("isthing", 1)
+            kept, known = [], {*numbers.values()}
+            self.counts = Counter(images=len(images))
+            for i, x in enumerate(content["annotations"]):
+                where = f"annotations[{i}]"
+                size = images[x["image_id"]]["height"], images[x["image_id"]]["width"]
+                for part in x["segments_info"] if self.task == "pan" else [x]:
+                    expect(part["category_id"] in known, f"there is no category {part['category_id']}")
+                    part["iscrowd"] = part.get("iscrowd") or 0
+                    expect(part["iscrowd"] in (0, 1), "iscrowd must be 0 or 1")
+                    self.counts["crowds" if part["iscrowd"] else "objects"] += 1
+                good = is_segmented(x) if self.task == "pan" else has_area(x, size, self.task)
+                self.counts["dropped"] += not good
+                kept += [x] if good else []
+        except (OSError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            where = where or "no COCO file"
+            raise InputError(f"{self.path}: {where}: {what}; correct or remove it") from error
+        self.choose_classes(content["categories"], kept, classes)
+        return images, kept
 
-    def locate(self, rows, folder):
-        """Set the file_name of every row to that of the file in the folder.
-
-        Names written on other machines may have backslashes or other leading folders.  The longest
-        ending of the name that exists in the folder is used.
-        """
-        there, meant = set(os.listdir(folder)), {}  # checking each file on a network drive takes minutes
-        for row in rows:
-            name, parts = row["file_name"], row["file_name"].replace("\\", "/").split("/")
-            ends = [name] + ["/".join(parts[i:]) for i in range(len(parts))]
-            here = lambda end: end in there or "/" in end and os.path.isfile(os.path.join(folder, end))
-            row["file_name"] = found = next(filter(here, ends), None)
-            if found is None:
-                raise InputError(f"{self.path}: {name!r} is not in {folder}; add it, or remove its entry")
-            if meant.setdefault(found, name) != name:
-                both = f"{meant[found]} and {name} would both be {found}"
-                raise InputError(f"{self.path}: {both}; rename one of them")
-
-    def choose_classes(self, rows, used, classes):
-        """Set classes, things, and categories (ids in the file).  used: ids that occur in objects.
-
-        Unused categories are left out if the model does not know them, or if they are number 0, which
-        some tools add as a name for all categories.
-        """
-        rows = sorted(rows, key=lambda row: row["id"])
-        new, key = classes is None, "name" if classes else "supercategory"
-        above = [row.get(key) for row in rows if row["id"] != 0]
-        for_all = lambda row: row["id"] == 0 and (row["name"] in above or self.exported and new)
-        extra = lambda row: for_all(row) or not new and row["name"] not in classes
-        left_out = [row for row in rows if row["id"] not in used and extra(row)]
-        last, rows = rows[-1]["id"], [row for row in rows if row not in left_out]
-        self.left_out, names = [row["name"] for row in left_out], [row["name"] for row in rows]
-        self.classes = names if classes is None else list(classes)
-        if self.classes != names:
-            here, there, pan = Counter(names), Counter(classes), self.task == "pan"
-            wrong = [x for x in here | there if here[x] > 1 or there[x] != 1 or pan and not here[x]]
-            if wrong:
-                what = f"is not one of its names and one of the model's {len(classes)}"
-                raise InputError(f"{self.path}: category {wrong[0]} {what}; name it as for training")
-            # Classes missing from the file get new ids: predictions of them are saved, but not evaluated.
-            free = lambda i: f"{last} {i}" if isinstance(last, str) else last + 1 + i
-            of_name = {row["name"]: row for row in rows}
-            rows = [of_name.get(name, dict(id=free(i), isthing=1)) for i, name in enumerate(classes)]
-        self.categories = [row["id"] for row in rows]
-        self.things = [row["isthing"] == 1 for row in rows]
+    def choose_classes(self, rows, annotations, classes):
+        """Categories in the order of their ids, or of the model's classes, which must be the same."""
+        parts = [part for x in annotations for part in x.get("segments_info", [x])]
+        used = {part["category_id"] for part in parts}
+        if not used or self.task != "pan" and max(max(x["bbox"]) for x in annotations) <= 1:
+            what = "write them in pixels" if used else "annotate something"
+            raise InputError(f"{self.path}: it has no bbox of more than a pixel; {what}")
+        # Some tools add a category 0, which stands for all and has no objects.
+        rows = [x for x in rows if x["id"] or 0 in used or x["name"] in (classes or ())]
+        of_name = {x["name"]: x for x in sorted(rows, key=lambda x: x["id"])}
+        self.classes = list(classes or of_name)
+        wrong = sorted({*self.classes} ^ of_name.keys())
+        if wrong:
+            what = f"category {wrong[0]!r} is in the file or the model only"
+            raise InputError(f"{self.path}: {what}; name all as in training")
+        self.categories = [of_name[name]["id"] for name in self.classes]
+        self.things = [of_name[name]["isthing"] == 1 for name in self.classes]
 
     def coco(self):
         """The annotations, including crowds, as pycocotools' COCO object."""
-        images, _, annotations, _ = self.read()
-        for number, entry in enumerate(annotations, 1):
-            entry["id"] = number  # pycocotools reads a match with id 0 as no match
+        images, annotations = self.read(self.classes)
+        for number, x in enumerate(annotations, 1):
+            x["id"] = number  # pycocotools reads a match with id 0 as no match
         categories = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
-        return indexed(images=images, annotations=annotations, categories=categories)
+        return indexed(images=[*images.values()], annotations=annotations, categories=categories)
 
     def segments(self, index):
         """The panoptic map: ids, int64 (H, W), 0 for void, and a dictionary per segment."""
-        (name, number, size), entry = self.images[index], self.entries[index]
-        known = [0, *(segment["id"] for _, segments in entry for segment in segments)]
-        if len(entry) != 1 or len({*known}) < len(known):
-            what = f"has {len(entry)} annotations, or two segments with the same id"
-            raise InputError(f"{self.path}: image {number}, {name}, {what}; leave one, with the PNG's ids")
-        path = os.path.join(self.maps, entry[0][0])
+        (name, _, size), found = self.images[index], self.entries[index]
+        if len(found) != 1:
+            raise InputError(f"{self.path}: {name} has {len(found)} annotations; leave one")
+        path, segments = os.path.join(self.maps, found[0][0]), found[0][1]
         ids = np.asarray(load_image(path)) @ np.array([1, 256, 256**2])  # (H, W)
-        check_size(path, ids.shape, size, name)
-        unknown = ids[~np.isin(ids, known)]
+        need_size(path, ids.shape, size, name)
+        unknown = ids[~np.isin(ids, [0, *(segment["id"] for segment in segments)])]
         if len(unknown):
             raise InputError(f"{path}: segment {unknown[0]} has no entry in {self.path}; add one")
-        return torch.from_numpy(ids), entry[0][1]
+        return torch.from_numpy(ids), segments
 
     def truth(self, index, size):
         """Labels, boxes and masks of an image of this size, for training_sample."""
-        check_size(self.name(index), size, self.images[index][2], self.path)
+        need_size(self.name(index), size, self.images[index][2], self.path)
+        if self.split == "val":
+            return None
         if self.task == "pan":
             ids, segments = self.segments(index)
             segments = [segment for segment in segments if not segment["iscrowd"]]
@@ -776,57 +699,61 @@ class Coco(Dense):
             return labels, None, numbered(ids, [segment["id"] for segment in segments])
         labels, boxes, rles = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
         if self.task == "det":
-            return labels, box_tensor(boxes, size), None
+            return labels, boxes, None
         masks = mask_utils.decode(list(rles)) if rles else np.zeros((*size, 0))  # (H, W, n)
         return labels, None, torch.from_numpy(masks).permute(2, 0, 1).bool().contiguous()
 
-    def check(self, index):
-        """Return counts for one image.  Raises InputError if image, map and annotations disagree."""
-        name = self.name(index)
-        check_size(name, header_size(name), self.images[index][2], self.path)
-        if self.task != "pan":
-            return Counter()
-        ids, segments = self.segments(index)
-        empty = {segment["id"] for segment in segments} - set(ids.unique().tolist())
-        return Counter(pixels=ids.numel(), void=int((ids == 0).sum()), empty=len(empty))
+    def summary(self):
+        counts = ", ".join(f"{self.counts[name]} {name}" for name in ("images", "objects"))
+        unused = f"{self.counts['crowds']} crowds and {self.counts['dropped']} objects without area or mask"
+        return f"{counts}, {len(self.classes)} classes; not used: {unused}"
 
-    def describe(self, total):
-        """Lines that summarize the data set.  total: sum of the counts of check()."""
-        need = dict(det="area", inst="area or mask", pan="pixels")[self.task]
-        line = f"{len(self)} images, {len(self.classes)} classes, {self.objects} objects, ignored "
-        line += f"{self.crowds} crowds and {self.dropped + total['empty']} objects without {need}"
-        if self.task == "pan":
-            line += f", {total['void'] / total['pixels']:.1%} of the pixels void"
-        names = ", ".join(self.left_out[:5]) + ", ..." * (len(self.left_out) > 5)
-        return [line] + [f"ignored categories without annotations: {names}"] * bool(names)
+
+def is_segmented(x):
+    """Whether a panoptic annotation is usable.  Raises ValueError if not."""
+    numbers = [segment["id"] for segment in x["segments_info"]]
+    good = all(isinstance(i, int) and i > 0 for i in numbers)
+    expect(good, "ids of segments must be positive whole numbers")
+    expect(len({*numbers}) == len(numbers), "two segments have the same id")
+    return isinstance(x["file_name"], str)
+
+
+def has_area(x, size, task):
+    """Whether an object in an image of size (H, W) has an area and, for inst, a mask.
+
+    Sets `box`, xyxy within the image, `segmentation`, run lengths or None, and `area`.
+    """
+    left, top, width, height = x["bbox"]
+    expect(math.isfinite(left + top + width + height), "bbox must be four numbers")
+    x["box"] = [max(left, 0), max(top, 0), min(left + width, size[1]), min(top + height, size[0])]
+    masked = x.get("segmentation") and (task == "inst" or x.get("area") is None)
+    rle = x["segmentation"] = run_lengths_of(x["segmentation"], size) if masked else None
+    if x.get("area") is None:
+        x["area"] = float(mask_utils.area(rle)) if rle else width * height
+    expect(0 <= x["area"] < math.inf, "area must be a number")
+    return x["box"][2] > x["box"][0] and x["box"][3] > x["box"][1] and (task == "det" or rle is not None)
 
 
 class Ade(Dense):
     """ADE20K's layout (ADEChallengeData2016) with any number of classes, for sem:
 
     DIR/images/{training,validation}/*.jpg
-    DIR/annotations/{training,validation}/*.png    labels from 1; 0 is void, and 255 if it is no class
+    DIR/annotations/{training,validation}/*.png    gray or palette: classes from 1; 0 and 255 are void
     DIR/objectInfo150.txt                          class names, at the ends of rows, after a tab; optional
     """
 
-    def __init__(self, root, split, transform, seed=0, classes=None):
+    def __init__(self, root, split, task, transform, seed=0, classes=None):
         self.split, self.transform, self.seed = split, transform, seed
         split = dict(train="training", val="validation")[split]
         self.folder, self.maps = (os.path.join(root, x, split) for x in ("images", "annotations"))
         need(root, self.folder, self.maps, takes=f"DIR/{{images,annotations}}/{split}/")
-        maps, taken = set(os.listdir(self.maps)), {}
-        names = sorted(x for x in os.listdir(self.folder) if is_image_file(x) and not is_hidden(x))
-        for name in names:
-            path = os.path.splitext(name)[0] + ".png"
-            if path not in maps:
-                raise InputError(f"{self.maps}: no label map of {name}; add it, or remove the image")
-            if taken.setdefault(path, name) != name:
-                both = f"{taken[path]} and {name} have the same label map"
-                raise InputError(f"{self.folder}: {both}; rename or remove one")
-        paths = [os.path.join(self.maps, path) for path in taken]
-        self.images = Packed(zip(names, range(len(names)), paths))
-        if not names:
-            raise InputError(f"{self.folder}: no images in it; add some")
+        names = sorted(x for x in os.listdir(self.folder) if image_folder.is_image_file(x) and x[0] != ".")
+        maps = [os.path.splitext(name)[0] + ".png" for name in names]
+        missing = sorted({*maps} - {*os.listdir(self.maps)}) or ["images"] * (not names)
+        if missing or len({*maps}) < len(maps):
+            what = f"no {missing[0]}" if missing else f"two images have {Counter(maps).most_common(1)[0][0]}"
+            raise InputError(f"{self.maps}: {what}; every image needs a label map of its name")
+        self.images = Packed(zip(names, range(len(names)), (os.path.join(self.maps, x) for x in maps)))
         self.table, self.classes = os.path.join(root, "objectInfo150.txt"), None
         self.classes = list(classes or self.read_table() or self.count_classes())
         self.categories = list(range(1, len(self.classes) + 1))
@@ -836,46 +763,34 @@ class Ade(Dense):
         """Class names from objectInfo150.txt; empty if there is no such file."""
         if not os.path.exists(self.table):
             return []
-        try:
-            with open(self.table, encoding="utf-8-sig") as file:
-                rows = [[x.strip() for x in line.split("\t")] for line in file if line.strip()]
-        except ValueError as error:
-            raise InputError(f"{self.table}: not UTF-8 ({error}); save it as such") from error
-        rows = rows[bool(rows) and not rows[0][0].isdigit() :]  # skip the column titles
-        for number, row in enumerate(rows or [[]], 1):
-            if len(row) < 2 or not row[-1] or row[0] != str(number):
-                takes = f"the row of class {number} is not its number, a tab, ..., a tab, its name"
-                raise InputError(f"{self.table}: {takes}; correct it, or remove the file")
+        with open(self.table, encoding="utf-8", errors="replace") as file:
+            rows = [line.strip().split("\t") for line in file if line[:1].isdigit()]
+        if [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)] or not rows:
+            raise InputError(f"{self.table}: its rows are not 1, a tab, ..., a name; 2, ...; correct it")
         return [row[-1].split(",")[0].strip() for row in rows]
 
     def count_classes(self):
-        """Class names if only labels are known: their numbers as text."""
-        self.surveyed = survey(self.check, len(self), f"no {self.table}: counting classes")
-        labels = sorted(label for label in self.surveyed[0] if label > 0)
-        if labels[-1:] == [255] and 1 < len(labels) < 255:
-            labels.pop()  # 255 is void if there are fewer classes
-        if labels and labels[-1] > 10 * len(labels):  # gray values such as 0 and 255, not class numbers
-            found = ", ".join(map(str, sorted(self.surveyed[0])[:5])) + " in it cannot be classes"
-            remedy = f"number them 1, 2, 3, ..., 0 and 255 for void, or name all in {self.table}"
-            raise InputError(f"{self.maps}: the values {found}; {remedy}")
-        return [str(label) for label in range(1, max(labels, default=0) + 1)]
+        """Their numbers, as text, where only label maps are known: up to the largest below 255."""
+        values = lambda index: {*self.read_map(index).unique().tolist()}
+        with ThreadPoolExecutor() as pool:  # PIL decodes in parallel
+            found = sorted(set().union(*pool.map(values, range(len(self)))))
+        classes = [value for value in found if value not in (0, 255)]
+        if len(classes) < 2 or classes[-1] > 10 * len(classes):  # gray values such as 85 and 170
+            remedy = f"number two or more classes 1, 2, 3, ... (0 and 255 are void), or name all in {self.table}"
+            raise InputError(f"{self.maps}: the labels are {', '.join(map(str, found[:9]))}; {remedy}")
+        return [str(label) for label in range(1, classes[-1] + 1)]
 
     def read_map(self, index):
-        """Labels, int64 (H, W), of a gray or palette PNG; equal channels and alpha are accepted."""
+        """Labels, int64 (H, W)."""
         path = self.images[index][2]
         with opened(path) as image:
-            bands = image.getbands()
-            halved = len(bands) > 1 and ";16" in str(image.tile)  # PIL drops the lower 8 bits
-            pixels = np.asarray(image).reshape(image.height, image.width, -1)
-            pixels = pixels[..., : len(bands) - ("A" in bands)]
-        if halved or (pixels != pixels[..., :1]).any():
-            what = "16 bits a channel" if halved else "colors"
-            raise InputError(f"{path}: {what} in it; save labels from 1, 0 for void, as a gray PNG")
-        return torch.from_numpy(pixels[..., 0].astype(np.int64))
+            if image.mode not in ("L", "P"):
+                raise InputError(f"{path}: its mode is {image.mode}; save labels as a gray or palette PNG")
+            return torch.from_numpy(np.array(image, np.int64))
 
-    def label_map(self, index, labels=None):
-        """Classes of pixels, int64 (H, W), -1 for void.  labels: from read_map, if already known."""
-        labels, count = self.read_map(index) if labels is None else labels, len(self.classes)
+    def label_map(self, index):
+        """Classes of pixels, int64 (H, W), -1 for void."""
+        labels, count = self.read_map(index), len(self.classes)
         labels = labels.where(labels != 255, 0) if count < 255 else labels
         if labels.max() > count:
             what = f"label {labels.max()} in it, the data set has labels 0 to {count}"
@@ -885,102 +800,50 @@ class Ade(Dense):
     def truth(self, index, size):
         """As for Coco, with one mask per class."""
         labels = self.label_map(index)
-        check_size(self.name(index), size, labels.shape, "its label map")
+        need_size(self.name(index), size, labels.shape, "its label map")
         return range(len(self.classes)), None, numbered(labels, range(len(self.classes)))
 
-    def check(self, index):
-        """Number of pixels per value.  Raises InputError if map, image and classes disagree."""
-        name, labels = self.name(index), self.read_map(index)
-        check_size(name, header_size(name), labels.shape, "its label map")
-        if self.classes:
-            self.label_map(index, labels)
-        counts = labels.flatten().bincount()
-        return Counter({value: int(counts[value]) for value in counts.nonzero()[:, 0].tolist()})
-
-    def describe(self, total):
-        """Lines that summarize the data set.  total: number of pixels per value in all maps."""
-        share = lambda *values: f"{sum(total[value] for value in values) / total.total():.1%}"
-        void = [0] + [255] * (len(self.classes) < 255)
-        seen = len(total.keys() - void)
-        if not seen:
-            what = f"no labeled pixel, only the values {', '.join(map(str, sorted(total)))}"
-            raise InputError(f"{self.maps}: {what}; number classes from 1, 0 and 255 are void")
-        line = f"{len(self)} images, {len(self.classes)} classes, of which {seen} occur"
-        lines = [f"{line}, {share(*void)} of the pixels void ({' and '.join(map(str, void))})"]
-        if 255 in void and total[0] and total[255]:
-            both = f"0 ({share(0)} of the pixels) and 255 ({share(255)}) are both void"
-            lines.append(f"{both}; if 0 is a class, add 1 to all labels but 255")
-        return lines
+    def summary(self):
+        return f"{len(self)} images, {len(self.classes)} classes"
 
 
-def survey(function, count, title):
-    """Sum of function(index), a Counter, over all indices, and a list of the InputErrors it raises.
+def make_dataset(
+    task, data, split, size, seed=0, classes=None, least=1.0, color=0.0, randaugment=0, erasing=0.0
+):
+    """The images of a split, "train" or "val".  data: None for shapes, or a folder in the task's layout.
 
-    Threads on all processes share the work, since PIL decodes in parallel.  Every process gets the
-    whole result.
+    size: pixels per side of training images, and in evaluation; or there, for the dense tasks on
+    files, of the short side.  The rest is augmentation: see train_transform, dense_train_transform.
     """
-
-    def call(index):
-        try:
-            return function(index)
-        except InputError as error:
-            return error
-
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(rank, count, processes)
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(call, mine), title, len(mine), leave=False, disable=True if rank else None)
-        parts = [list(bar)] * processes
-    if processes > 1:
-        dist.all_gather_object(parts, parts[rank])
-    found = [parts[i % processes][i // processes] for i in range(count)]
-    total = sum((x for x in found if isinstance(x, Counter)), Counter())
-    return total, [x for x in found if isinstance(x, InputError)]
+    training = split == "train"
+    if data is None:
+        # Without masks, a scene costs less.
+        scenes = (5_700 if task in ("cls", "det") else 5_000) if training else 2000 if task == "cls" else 500
+        return Shapes(scenes, size, seed, split, task)
+    if task == "cls":
+        transform = train_transform(size, least, randaugment, erasing) if training else eval_transform(size)
+        return Folder(data, split, transform, seed, classes)
+    crop = dense_train_transform(task, size, least, color)
+    transform = crop if training else dense_eval_transform(task, size)
+    return (Ade if task == "sem" else Coco)(data, split, task, transform, seed, classes)
 
 
-def check(dataset, split):
-    """Read the labels of a data set and the headers of its images, and print a summary.
-
-    This finds errors before the first step, not hours later.  split: "training", where a few
-    unreadable images are skipped, or "validation".  Raises the same InputError on every process.
-    """
-    if isinstance(dataset, Shapes):
-        return
-    title = f"checking {split} data"
-    total, faults = dataset.surveyed or survey(dataset.check, len(dataset), title)
-    wrong = [e for e in faults if split != "training" or not isinstance(e, Unreadable)]
-    if wrong:
-        more = f"; {len(wrong) - 1} more files are wrong" if len(wrong) > 1 else ""
-        raise InputError(f"{wrong[0]}{more}")
-    if faults:
-        count_broken(len(faults), len(dataset), faults[-1])
-    lines = dataset.describe(total)
-    lines += [f"{len(faults)} images will be skipped, the first: {fault}" for fault in faults[:1]]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*(f"{split} data: {line}" for line in lines), sep="\n")
+def count_images(task, data, limit):
+    """How many images there are to train on, at most `limit`, without reading them or their annotations."""
+    names = dict(cls=["train"], sem=["images/training"]).get(task, ["train2017", "train"])
+    found = itertools.chain(*(os.walk(os.path.join(data, name)) for name in names))
+    files = (name for _, _, names in found for name in names if image_folder.is_image_file(name))
+    return sum(1 for _ in itertools.islice(files, limit))
 
 
-def count_broken(count, length, last):
-    """Raise InputError if too many images are broken: over 1 % and over ten, or all of them."""
-    if count > min(max(10, length // 100), length - 1):
-        what = f"{count} of {length} training images are broken"
-        raise InputError(f"{what}, the last: {last}") from last
-
-
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class SkipBroken(Dataset):
-    """A training set that replaces a broken sample by the next one, so that long runs continue.
-
-    Each broken file is reported once on stderr.  The substitute does not depend on the number of
-    processes.
-    """
+    """A training set that takes the next image for one that cannot be read, so that long runs continue."""
 
     def __init__(self, dataset):
-        self.dataset = dataset
-        # Found so far, in memory that is shared with the workers:
-        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.dataset, self.broken = dataset, set()  # of this process
 
     def __len__(self):
         return len(self.dataset)
@@ -992,20 +855,30 @@ class SkipBroken(Dataset):
             try:
                 return self.dataset[epoch, index]
             except InputError as error:
-                if not self.broken[index]:
+                if index not in self.broken:
                     print(f"skipped: {error}", file=sys.stderr)
-                self.broken[index] = True
-                count_broken(int(self.broken.sum()), len(self), error)
+                self.broken.add(index)
+                if len(self.broken) > min(max(10, len(self) // 100), len(self) - 1):
+                    what = f"{len(self.broken)} of {len(self)} training images are broken"
+                    raise InputError(f"{what}, the last: {error}") from error
                 index = (index + 1) % len(self)
 
 
-def batches_of(loader):
-    """The batches of a loader, whose processes end with them, however that may be.
+def ignore_signals(worker):
+    """For loader processes: their parent ends them, in training when the current step is finished."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
-    Python would end them by SIGTERM, which ignore_signals() ignores, and wait for them forever.
-    Raises InputError if one of them has died.
+
+def batches_of(dataset, workers, device, **options):
+    """The batches of a DataLoader, whose processes end with this generator: close it.
+
+    Raises InputError if a loader process has died.
     """
-    batches = iter(loader)
+    # On Linux, workers are forked and share the data set with their parent.
+    context = "fork" if workers and sys.platform == "linux" else None  # not the default since Python 3.14
+    options |= dict(num_workers=workers, pin_memory=device.type == "cuda", multiprocessing_context=context)
+    batches = iter(DataLoader(dataset, worker_init_fn=ignore_signals, **options))
     try:
         yield from batches
     except (OSError, EOFError, RuntimeError) as error:
@@ -1016,26 +889,9 @@ def batches_of(loader):
         remedy = "--workers 0 works without; Docker needs --ipc=host for their shared memory"
         raise InputError(f"{what}; if memory ran out, lower --workers; {remedy}") from error
     finally:
-        if loader.num_workers:
-            batches._shutdown_workers()  # torch has no public name for it
-
-
-def ignore_interrupts(worker):
-    """For workers: Ctrl-C reaches every process of a terminal, but the parent ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def ignore_signals(worker):
-    """For workers in training, which are needed until the current step is finished."""
-    ignore_interrupts(worker)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python ends workers by it: close the loader
-
-
-def loader_of(dataset, workers, device, **options):
-    """A DataLoader.  On Linux, its workers are forked and share the data set with their parent."""
-    context = "fork" if workers and sys.platform == "linux" else None  # not the default since Python 3.14
-    options |= dict(num_workers=workers, pin_memory=device.type == "cuda")
-    return DataLoader(dataset, multiprocessing_context=context, **options)
+        if workers:
+            # Python would send SIGTERM, which they ignore.  Torch has no public name for this.
+            batches._shutdown_workers()
 
 
 class GlobalBatches(Sampler):
@@ -1043,20 +899,17 @@ class GlobalBatches(Sampler):
 
     An epoch is a permutation drawn from (seed, epoch), without the last, incomplete batch.  A global
     batch is split into world_size * accumulate equal chunks, of which this process takes `accumulate`.
-    So the images of a step do not depend on the number of processes.  With `neighbor`, every chunk
-    begins with the sample before it in the global batch, for `mix`: one more image, no communication.
+    So the images of a step do not depend on the number of processes.
     """
 
-    def __init__(
-        self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, neighbor=False, first_step=0
-    ):
+    def __init__(self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, first_step=0):
         if batch_size % (world_size * accumulate):
             parts = f"{world_size} processes x --accumulate {accumulate}"
             raise InputError(f"--batch-size {batch_size} is not divisible by {parts}; change one")
         if batch_size > length:
             what = f"more than the {length} training images"
             raise InputError(f"--batch-size {batch_size} is {what}; lower it")
-        self.length, self.batch_size, self.seed, self.neighbor = length, batch_size, seed, neighbor
+        self.length, self.batch_size, self.seed = length, batch_size, seed
         self.steps, self.chunk = range(first_step, steps), batch_size // (world_size * accumulate)
         self.starts = [i * self.chunk for i in range(rank * accumulate, (rank + 1) * accumulate)]
 
@@ -1072,8 +925,7 @@ class GlobalBatches(Sampler):
                     order, drawn = torch.randperm(self.length), epoch
             batch = order[position * self.batch_size :][: self.batch_size].tolist()
             for start in self.starts:
-                first = [batch[start - 1]] if self.neighbor else []  # index -1: the batch is a ring, as in mix
-                yield [(epoch, index) for index in first + batch[start : start + self.chunk]]
+                yield [(epoch, index) for index in batch[start : start + self.chunk]]
 
 
 def lists(samples):
@@ -1093,14 +945,12 @@ def as_float(images):
 
 
 def mix(images, labels, num_classes, mixup, cutmix, seed, step):
-    """Mixup or cutmix, chosen by (seed, step), of every sample with the one before it.
+    """Mixup or cutmix, chosen by (seed, step), of every sample of a chunk with the one before it.
 
-    images: (1 + b, 3, H, W).  labels: (1 + b,).  Both are a chunk with its neighbor.
-    mixup, cutmix: parameters of their Beta distributions, 0 for never.
-    Returns images (b, 3, H, W) and targets (b, num_classes).
+    images: (b, 3, H, W).  labels: (b,).  mixup, cutmix: parameters of their Beta distributions, 0 for
+    never.  Returns images, and targets (b, num_classes).
     """
     choices = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     choices += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     with seeded(seed, step):
-        images, targets = v2.RandomChoice(choices)(images, labels)
-    return images[1:], targets[1:]
+        return v2.RandomChoice(choices)(images, labels)

@@ -23,8 +23,6 @@ import itertools
 import json
 import math
 import os
-import sys
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -43,79 +41,27 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 from clusterformer import VERSION, ClusterFormer, grid_shape, trace
-from data import Ade, Coco, Folder, InputError, Shapes, as_float, check, dense_eval_transform
-from data import eval_transform, ignore_interrupts, is_hidden, lists, load_image, loader_of
+from data import InputError, Parser, Shapes, as_float, batches_of, default_workers, dense_eval_transform
+from data import eval_transform, in_one_line, lists, load_image, make_dataset, start_processes
 
 METRIC = dict(cls="top1", det="AP", inst="mask_AP", sem="miou", pan="PQ")  # it chooses best.pt
 COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
-
-
-def start_processes():
-    """Join the processes of torchrun, if any.  Returns rank, number of processes, and device."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise InputError(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, also for the products of EM
-    if world_size > 1:
-        # One process runs COCO's evaluation, which takes longer than the 10 minutes of NCCL.
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    return rank, world_size, device
-
-
-def default_workers():
-    """Loader processes for each training process: its share of the cores less two, 16 at most.
-
-    On two cores it is 0: a loader would compete with the threads of the training process.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
 
 
 def load_checkpoint(path):
     """Return the averaged model, in evaluation mode on the CPU, and the whole checkpoint."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code can run
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # broken archives raise many kinds of exceptions
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
-    keys = {"model", "ema", "settings", "classes"}
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys():
-        raise InputError(f"{path}: not a checkpoint of train.py: model, ema, ... are not all there")
-    found = checkpoint.get("version", 1)  # the first version did not record it
-    if found != VERSION:
-        complaint = f"its weights are of version {found}, this code needs version {VERSION}"
-        raise InputError(f"{path}: {complaint}; train anew")
-    try:
+        if checkpoint["version"] != VERSION:
+            raise ValueError(f"version {checkpoint['version']}, not {VERSION}")
         model = ClusterFormer(**checkpoint["arguments"])
         model.load_state_dict(checkpoint["ema"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # or weights that do not fit
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a whole checkpoint of train.py ({reason})") from error
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # broken archives raise many kinds of exceptions, some of many lines
+        why = str(error)[:99] if isinstance(error, ValueError) else type(error).__name__
+        raise InputError(f"{path}: not a whole checkpoint of this train.py ({why}); train anew") from error
     return model.eval(), checkpoint
-
-
-def validation_set(data, image_size, task="cls", classes=None):
-    """The held-out images.  data: None for shapes, or a folder in the task's layout.
-
-    image_size: pixels per side, or for the dense tasks on files, of the short side.
-    """
-    if data is None:
-        return Shapes(2000 if task == "cls" else 500, image_size, seed=0, split="val", task=task)
-    if task == "cls":
-        return Folder(data, "val", eval_transform(image_size), classes=classes)
-    transform = dense_eval_transform(task, image_size)
-    if task == "sem":
-        return Ade(data, "val", transform, classes=classes)
-    return Coco(data, "val", task, transform, classes=classes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,19 +281,20 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
     task, distributed = model.task, dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
-    options = dict(batch_size=batch_size, collate_fn=lists, worker_init_fn=ignore_interrupts)
-    loader = loader_of(dataset, workers, device, sampler=keys, **options)
+    batches = batches_of(dataset, workers, device, sampler=keys, batch_size=batch_size, collate_fn=lists)
     folder = save and {"sem": save, "pan": save.removesuffix(".json")}.get(task)
     if folder:
         os.makedirs(folder, exist_ok=True)
     kept = []  # results of score_image() on this process
-    for images, targets in tqdm(loader, "evaluate", leave=False, disable=True if rank else None):
-        images = [as_float(image.to(device, non_blocking=True)) for image in images]
-        sizes = None if task == "cls" else [tuple(target["size"]) for target in targets]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            predictions = model.predict(images, sizes)
-        pairs = zip(targets, predictions)
-        kept += [score_image(dataset, task, target, found, folder) for target, found in pairs]
+    total = -(-len(keys) // batch_size)
+    with contextlib.closing(batches):
+        for images, targets in tqdm(batches, "evaluate", total, leave=False, disable=True if rank else None):
+            images = [as_float(image.to(device, non_blocking=True)) for image in images]
+            sizes = None if task == "cls" else [tuple(target["size"]) for target in targets]
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                predictions = model.predict(images, sizes)
+            pairs = zip(targets, predictions)
+            kept += [score_image(dataset, task, target, found, folder) for target, found in pairs]
     parts, result = [kept], [None]
     if distributed:
         parts = [None] * world_size if rank == 0 else None
@@ -369,11 +316,10 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None, per_c
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures: rows of titled panels, uint8 (3, H, W).  torchvision draws masks and boxes.  It does not
-# draw borders of masks, its captions are small and overlap, and its grids have no titles.  Hence
-# paint(), write() and sheet().
+# Pictures: rows of titled panels, uint8 (3, H, W)
 # --------------------------------------------------------------------------------------------------
-MIN_SCORE = 0.3  # det, inst: objects with lower scores are not drawn; --json has them all
+MIN_SCORE = 0.3  # det, inst: objects with lower scores are not drawn
+MIN_SHARE = 0.01  # of the pixels: smaller regions have no name
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)
 # Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler versions.
 COLORS = [BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), ORANGE, (240, 228, 66)]
@@ -389,50 +335,29 @@ def panel_of(image, side):
 
 
 def enlarge(values, size, panel, stride=1):
-    """Resize a map, at a stride of an image of size (H, W), to that of a panel, unsmoothed."""
-    lengths = zip(panel.shape[1:], size)
-    rows, columns = (torch.arange(new) * old // new // stride for new, old in lengths)
-    return values.cpu()[rows[:, None], columns]
-
-
-def outline(panel, regions):
-    """Draw thin borders between regions, lighter on dark and darker on bright colors."""
-    border = torch.zeros_like(regions, dtype=torch.bool)
-    border[1:] |= regions[1:] != regions[:-1]
-    border[:, 1:] |= regions[:, 1:] != regions[:, :-1]
-    contrast = torch.where(panel.float().mean(0) < 150, 255.0, 0.0)
-    return torch.where(border, (panel + contrast) / 2, panel).byte()
-
-
-def paint(panel, regions):
-    """Color regions, int64 (H, W), -1 for none."""
-    numbers = regions[regions >= 0].unique()
-    if len(numbers):
-        colors = [COLORS[number % len(COLORS)] for number in numbers.tolist()]
-        panel = draw_segmentation_masks(panel, regions == numbers[:, None, None], 0.7, colors)
-    return outline(panel, regions)
+    """Resize maps (..., h, w), at a stride of an image of size (H, W), to that of a panel, unsmoothed."""
+    rows, columns = (torch.arange(new) * old // new // stride for new, old in zip(panel.shape[1:], size))
+    return values.cpu()[..., rows[:, None], columns]
 
 
 def paint_means(panel, regions):
-    """Color regions, int64 (H, W), by the mean of their pixels, as superpixels are shown."""
+    """Color regions, int64 (H, W), by the mean of their pixels, as superpixels are shown, with borders."""
     count = regions.flatten().bincount().clamp(min=1)
     total = torch.zeros(3, len(count)).index_add_(1, regions.flatten(), panel.flatten(1).float())
-    return outline((total / count).byte()[:, regions], regions)
+    border = torch.zeros_like(regions, dtype=torch.bool)
+    border[1:] |= regions[1:] != regions[:-1]
+    border[:, 1:] |= regions[:, 1:] != regions[:, :-1]
+    return ((total / count)[:, regions] * torch.where(border, 0.5, 1.0)).byte()
 
 
 def write(panel, captions):
-    """Write captions, a list of (text, (x, y)), white on black.  Move those that would overlap."""
-    picture, font, taken = functional.to_pil_image(panel), ImageFont.load_default(13), []
-    draw, height = ImageDraw.Draw(picture), 18
+    """Write captions, a list of (text, (x, y)), white on black, within the panel."""
+    picture, font = functional.to_pil_image(panel), ImageFont.load_default(13)
+    draw = ImageDraw.Draw(picture)
     for text, (x, y) in captions:
         width = math.ceil(font.getlength(text)) + 4
-        x = max(0, min(round(x), picture.width - width))
-        y = max(0, min(round(y), picture.height - height))
-        beside = [top for left, top, w in taken if x - w < left < x + width]
-        rows = [*range(y, picture.height - height + 1), *range(y), y]  # below, then from the top
-        y = next((row for row in rows if all(abs(row - top) >= height for top in beside)), y)
-        taken.append((x, y, width))
-        draw.rectangle([x, y, x + width - 1, y + height - 1], "black")
+        x, y = max(0, min(round(x), picture.width - width)), max(0, min(round(y), picture.height - 18))
+        draw.rectangle([x, y, x + width - 1, y + 17], "black")
         draw.text((x + 2, y + 1), text, "white", font)
     return functional.pil_to_tensor(picture)
 
@@ -451,57 +376,44 @@ def sheet(rows):
     return picture
 
 
-def findings(prediction, names):
-    """A prediction as a list of dictionaries with keys "name" and "score".
-
-    Depending on the task, also "box", "mask" and "isthing".  sem: "name", "mask", and "share", the
-    fraction of pixels.
-    """
+def regions_of(prediction, names):
+    """What to draw of a prediction: texts, and tensors of masks (n, H, W) and boxes (n, 4), or None."""
     if "semantic" in prediction:
-        masks = {c: prediction["semantic"] == c for c in prediction["semantic"].unique().tolist()}
-        return [dict(name=names[c], share=x.float().mean().item(), mask=x) for c, x in masks.items()]
+        classes = prediction["semantic"].unique()
+        return [names[c] for c in classes], prediction["semantic"] == classes[:, None, None], None
     if "panoptic" in prediction:
-        rest = lambda x: dict(isthing=x["isthing"], mask=prediction["panoptic"] == x["id"])
         segments = prediction["segments"]
-        return [dict(name=names[x["label"]], score=x["score"]) | rest(x) for x in segments]
-    labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
-    found = [dict(name=names[label], score=score) for label, score in zip(labels, scores)]
-    for name, key in (("box", "boxes"), ("mask", "masks")):  # boxes are xyxy
-        for x, value in zip(found, prediction.get(key, ())):
-            x[name] = value
-    return found
+        ids = torch.tensor([x["id"] for x in segments], device=prediction["panoptic"].device)
+        texts = [f"{names[x['label']]} {x['score']:.2f}" for x in segments]
+        return texts, prediction["panoptic"] == ids[:, None, None], None
+    shown = prediction["scores"] >= MIN_SCORE
+    found = zip(prediction["labels"][shown].tolist(), prediction["scores"][shown].tolist())
+    masks = prediction["masks"][shown] if "masks" in prediction else None
+    return [f"{names[label]} {score:.2f}" for label, score in found], masks, prediction["boxes"][shown]
 
 
-def prediction_panels(found, names, task, image, size):
-    """An image, float (3, H, W), beside its findings(), in pixels of a file of size (H, W)."""
-    panel, title = panel_of(image, 560), "prediction"
-    if task in ("det", "inst"):
-        found = [x for x in found if x["score"] >= MIN_SCORE]
-        title = f"objects with a score of at least {MIN_SCORE}: {len(found)}"
-    numbers = [names.index(x["name"]) if task == "sem" else i for i, x in enumerate(found)]
-    regions = torch.full(panel.shape[1:], -1)
-    for number, x in reversed([*zip(numbers, found)]):  # the highest score goes on top
-        if "mask" in x:
-            regions[enlarge(x["mask"], size, panel)] = number
-    picture, captions = paint(panel, regions), []
-    scale = torch.tensor([panel.shape[2] / size[1], panel.shape[1] / size[0]] * 2)
-    for i, (number, x) in enumerate(zip(numbers, found)):
-        text = f"{x['name']} {x['share']:.1%}" if "share" in x else f"{x['name']} {x['score']:.3f}"
-        pixels = (regions == number).nonzero().flip(1)  # (n, 2), x and y
-        if "box" in x:
-            box, color = x["box"].cpu() * scale, COLORS[number % len(COLORS)]
-            picture = draw_bounding_boxes(picture, box[None], colors=[color], width=3)
-            captions.append((text, box[:2].tolist()))
-        elif len(pixels):  # where a caption of 99 x 19 pixels covers its own region, near its middle
-            mask = regions == number
-            inside = F.avg_pool2d(mask.float()[None], (19, 1), 1, (9, 0))  # rows, then columns: 118 sums, not 1,881
-            inside = F.avg_pool2d(inside, (1, 99), 1, (0, 49))[0][mask]
-            far = (pixels - pixels.float().mean(0)).norm(dim=1) / panel.shape[2]
-            x, y = pixels[(3 * inside - far).argmax()].tolist()
-            captions.append((text, (x - 49, y - 9)))
-        elif task == "cls":
-            captions.append((text, (8, 8 + 24 * i)))
-    return [("image", panel), (title, write(picture, captions))]
+def prediction_panels(prediction, names, task, image, size):
+    """An image, float (3, H, W), beside its prediction, in pixels of a file of size (H, W)."""
+    panel = picture = panel_of(image, 560)
+    if task == "cls":
+        pairs = zip(prediction["labels"].tolist(), prediction["scores"].tolist())
+        return [(", ".join(f"{names[label]} {score:.2f}" for label, score in list(pairs)[:3]), panel)]
+    texts, masks, boxes = regions_of(prediction, names)
+    colors, captions = [COLORS[i % len(COLORS)] for i in range(len(texts))], []
+    if boxes is not None and len(texts):
+        boxes = boxes.cpu() * torch.tensor([panel.shape[2] / size[1], panel.shape[1] / size[0]] * 2)
+        captions = [(text, (box[0], box[1])) for text, box in zip(texts, boxes.tolist())]
+    if masks is not None and len(texts):
+        masks = enlarge(masks, size, panel)
+        picture = draw_segmentation_masks(picture, masks.flip(0), 0.6, colors[::-1])  # the best on top
+        if boxes is None:  # names stand at the middles of regions
+            for text, mask in zip(texts, masks):
+                if mask.float().mean() >= MIN_SHARE:
+                    y, x = mask.nonzero().float().median(0).values.tolist()
+                    captions.append((text, (x - 30, y - 9)))
+    if boxes is not None and len(texts):
+        picture = draw_bounding_boxes(picture, boxes, colors=colors, width=2)
+    return [("image", panel), (f"prediction: {len(texts)} regions or objects", write(picture, captions))]
 
 
 def grid_assignment(height, width):
@@ -573,26 +485,19 @@ def logit_weights(chosen, count):
 
 
 def explanation_panels(model, image, names, chosen):
-    """Pictures of explain().  chosen: one or two class indices; empty: the most likely class."""
+    """A picture of explain().  chosen: one or two class indices; empty: the most likely class."""
     chosen = chosen or [model.predict([image])[0]["labels"][0].item()]
-    weights = logit_weights(chosen, len(names)).to(image.device)
-    value, bias, maps = explain(model, image, weights)
-    maps, panel, stride = maps.cpu(), panel_of(image, 320), model.backbone.strides[-1]
-    gray, ends = panel.float().mean(0), torch.tensor([ORANGE, BLUE]).float()
-
-    def heat(values):
-        """Values over the gray image: orange if positive, blue if negative, full at the largest."""
-        values = enlarge(values / values.abs().max().clamp(min=1e-9), image.shape[1:], panel, stride)
-        hue = ends[(values < 0).long()].permute(2, 0, 1)
-        return gray.expand_as(hue).lerp(hue, 0.8 * values.abs()).byte()
-
-    total, of_center = maps.sum(0), maps.sum((1, 2))
-    other = names[chosen[1]] if len(chosen) > 1 else "mean of all"
-    title = f"{names[chosen[0]]} - {other}: {value:.3f} = bias {bias:+.3f}\n"
-    title += f"orange {total.clamp(min=0).sum():+.3f}, blue {total.clamp(max=0).sum():+.3f}"
-    strongest = of_center.abs().argsort(descending=True)[:5].tolist()
-    centers = [(f"center {k}: {of_center[k]:+.3f}", heat(maps[k])) for k in strongest]
-    return [[("image", panel), (title, heat(total))], centers]
+    value, bias, maps = explain(model, image, logit_weights(chosen, len(names)).to(image.device))
+    total, panel = maps.sum(0).cpu(), panel_of(image, 560)
+    # Over the gray image: orange where a token adds to the value, blue where it takes away.
+    heat = total / total.abs().max().clamp(min=1e-9)
+    heat = enlarge(heat, image.shape[1:], panel, model.backbone.strides[-1])
+    hue = torch.tensor([ORANGE, BLUE]).float()[(heat < 0).long()].permute(2, 0, 1)
+    picture = panel.float().mean(0).expand_as(hue).lerp(hue, 0.8 * heat.abs()).byte()
+    title = f"{names[chosen[0]]} - {names[chosen[1]] if len(chosen) > 1 else 'mean of all'}: {value:.3f} ="
+    added, taken = total.clamp(min=0).sum(), total.clamp(max=0).sum()
+    title += f" bias {bias:+.3f}, orange {added:+.3f}, blue {taken:+.3f}"
+    return [[("image", panel), (title, picture)]]
 
 
 def files_of(paths):
@@ -601,7 +506,7 @@ def files_of(paths):
     for path in paths:
         names = [path]
         if os.path.isdir(path):
-            found = [x for x in sorted(os.listdir(path)) if is_image_file(x) and not is_hidden(x)]
+            found = [x for x in sorted(os.listdir(path)) if is_image_file(x) and x[0] != "."]
             names = [os.path.join(path, name) for name in found]
         if not names:
             raise InputError(f"{path}: no images in it")
@@ -651,7 +556,7 @@ def picture_stems(names, out, kinds):
         stems.append(stem)
     for path in (os.path.join(out, f"{stem}{kind}.png") for stem in stems for kind in kinds):
         if os.path.exists(path) and not drawn_here(path):
-            raise InputError(f"{path} is not a picture of eval.py, and is not replaced; give another folder as --out")
+            raise InputError(f"{path} is not a picture of eval.py, and is not replaced; give another --out")
     return stems
 
 
@@ -659,30 +564,24 @@ def draw(model, classes, names, read, out, clusters, chosen, device):
     """Draw predictions, optionally with clusters and explanations, into the folder `out`.
 
     names: of images.  read(i): of image i, as read_file().  chosen: names of the classes to explain;
-    empty: the most likely class; None: no explanation.  Returns the findings of all images.
+    empty: the most likely class; None: no explanation.
     """
     kinds = ["", *["-clusters"] * clusters, *["-explained"] * (chosen is not None)]
-    stems, result = picture_stems(names, out, kinds), []
+    stems, made_here = picture_stems(names, out, kinds), PngInfo()
     os.makedirs(out, exist_ok=True)
-    made_here = PngInfo()
     made_here.add_text("Software", SOFTWARE)
-    for i, name in enumerate(tqdm(names, "draw", leave=False, disable=None)):
+    for i in tqdm(range(len(names)), "draw", leave=False, disable=None):
         image, size = read(i)
         image = image.to(device)
-        found = findings(model.predict([image], [size])[0], classes)
-        sheets = [[prediction_panels(found, classes, model.task, image, size)]]
+        (prediction,) = model.predict([image], [size])
+        sheets = [[prediction_panels(prediction, classes, model.task, image, size)]]
         if clusters:
             sheets.append(cluster_panels(model, image))
         if chosen is not None:
             sheets.append(explanation_panels(model, image, classes, [classes.index(x) for x in chosen]))
         for kind, rows in zip(kinds, sheets):
             sheet(rows).save(os.path.join(out, f"{stems[i]}{kind}.png"), pnginfo=made_here)
-        for x in found:  # in the form for JSON
-            x |= {"box": [round(side, 2) for side in x["box"].tolist()]} if "box" in x else {}
-            x |= {"mask": run_lengths(x["mask"][None])[0]} if "mask" in x else {}
-        result.append(dict(image=name, height=size[0], width=size[1], found=found))
-    print(f"{len(result)} images drawn in {out}")
-    return result
+    print(f"{len(names)} images drawn in {out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -690,18 +589,17 @@ def draw(model, classes, names, read, out, clusters, chosen, device):
 # --------------------------------------------------------------------------------------------------
 def parse_arguments():
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser = Parser(description=__doc__, formatter_class=kind)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a last.pt or best.pt of train.py")
     add("--data", metavar="DIR", help="its validation images are used (default: the training data's)")
     add("--image-size", type=int, help="pixels per side, or of the short side (default: as in training)")
     add("--batch-size", type=int, help="images per step and process (default: cls 128, others 8)")
     add("--workers", type=int, help="loader processes per process (default: spare cores, at most 16)")
-    add("--json", metavar="FILE", help="also write metrics (fractions of 1) or predictions to FILE, a new one")
+    add("--json", metavar="FILE", help="also write metrics, as fractions of 1, to FILE, a new one")
     add("--per-class", action="store_true", help="also print AP, IoU or PQ per class; not for cls")
-    formats = "det, inst, pan: write predictions in COCO's format to FILE, a new one, which ends in .json; pan: "
-    formats += "also write PNGs to the folder of that name without .json; sem: write PNGs of label + 1 "
-    formats += "to the new folder FILE"
+    formats = "det, inst, pan: write predictions in COCO's format to a new .json FILE, for pan also PNGs to the "
+    formats += "folder of that name without .json; sem: write PNGs of label + 1 to a new folder FILE"
     add("--save-predictions", metavar="FILE", help=formats)
     add = parser.add_argument_group("pictures").add_argument
     add("--images", nargs="*", metavar="PATH", help="images or folders to draw (default: 8 held-out images)")
@@ -733,8 +631,8 @@ def check_arguments(args, task, classes, rank, world_size):
             raise InputError(f"{flag}: {path} exists, and is not replaced; remove it, or give another name")
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"{flag} {path}: there is no folder {os.path.dirname(path)}")
-    if args.draw and (world_size > 1 or save or args.per_class):
-        raise InputError("pictures are drawn by one process, without --per-class and --save-predictions")
+    if args.draw and (world_size > 1 or save or args.per_class or args.json):
+        raise InputError("pictures are drawn by one process, without --per-class, --json, --save-predictions")
     if args.explain is not None and task != "cls" or len(chosen) > 2 or set(chosen) - set(classes):
         raise InputError(f"--explain is for cls and takes up to two of its classes: {', '.join(classes)}")
 
@@ -748,7 +646,7 @@ def main():
     model.to(device)
     data = args.data or settings["data"]
     size = args.image_size or settings.get("test_size") or settings["image_size"]
-    dataset = None if args.images else validation_set(data, size, task, classes)
+    dataset = None if args.images else make_dataset(task, data, "val", size, classes=classes)
     if args.draw:
         if args.images:
             names = files_of(args.images)
@@ -756,37 +654,20 @@ def main():
         else:
             names = [dataset.name(i) for i in range(min(8, len(dataset)))]
             read = lambda i: read_held_out(dataset, i)
-        result = draw(model, classes, names, read, args.out, args.clusters, args.explain, device)
-    else:
-        if list(dataset.classes) != classes:
-            complaint = f"is trained for {len(classes)} classes that shapes do not have"
-            raise InputError(f"{args.checkpoint} {complaint}; give --data")
-        check(dataset, "validation")
-        workers = default_workers() if args.workers is None else args.workers
-        batch_size = args.batch_size or (128 if task == "cls" else 8)
-        save, per_class = args.save_predictions, args.per_class
-        result = evaluate(model, dataset, device, batch_size, workers, save, per_class)
-        if rank == 0:
-            print_metrics(result, task)
-    if args.json and rank == 0:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=2)
-
-
-def run(main):
-    """Call main.  An InputError ends the program with one line, not with a traceback."""
-    try:
-        main()
-    except InputError as error:
-        # From a loader process, it arrives with a traceback; the last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-        sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
-    except KeyboardInterrupt:
-        sys.exit(130)  # Ctrl-C, as in shells; no traceback
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return draw(model, classes, names, read, args.out, args.clusters, args.explain, device)
+    if list(dataset.classes) != classes:
+        complaint = f"is trained for {len(classes)} classes that shapes do not have"
+        raise InputError(f"{args.checkpoint} {complaint}; give --data")
+    workers = default_workers() if args.workers is None else args.workers
+    batch_size = args.batch_size or (128 if task == "cls" else 8)
+    result = evaluate(model, dataset, device, batch_size, workers, args.save_predictions, args.per_class)
+    if rank == 0:
+        print(f"validation data: {dataset.summary()}")
+        print_metrics(result, task)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":
-    run(main)
+    in_one_line(main)

@@ -24,7 +24,6 @@ import sys
 import time
 import weakref
 from collections import Counter
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -394,7 +393,7 @@ def test_a_new_task_and_a_new_variant_are_one_entry_each(tmp_path, monkeypatch):
     assert [prediction["depth"].shape for prediction in model.predict(images)] == [(64, 96)] * 2
     assert len(cf.ClusterFormer("det", "base", 3)(images)["aux"]) == 2
     monkeypatch.setattr(sys, "argv", f"train.py --variant base --data D --out {tmp_path}".split())
-    assert train.complete(train.parse_flags(), 10_000).drop_path == 0.4
+    assert train.parse_settings().drop_path == 0.4
     assert "swin_t" in str(benchmark.peers("base"))
 
 
@@ -775,7 +774,7 @@ def test_every_tensor_is_created_on_the_device_of_the_images(monkeypatch, task, 
         losses = model.loss(model.train()(images), found)
         sum(losses.values()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    monkeypatch.setattr(evaluation, "loader_of", batches)
+    monkeypatch.setattr(evaluation, "batches_of", batches)
     for images in (images, [torch.rand(3, 64, 64), torch.rand(3, 70, 50)]):
         with pytest.raises(EOFError):
             evaluation.evaluate(model.eval(), scenes, CPU)
@@ -866,30 +865,26 @@ def test_shapes_agree_on_a_scene_across_tasks():
 
 
 def test_a_global_batch_is_the_same_however_it_is_split():
-    def batches(world_size, accumulate, neighbor=False, first=0):
-        """The chunks of all processes, step by step, in the order of the images."""
-        split = world_size, accumulate, neighbor, first
+    def batches(world_size, accumulate, first=0):
+        """The batches of all steps, from the chunks of all processes in the order of the images."""
+        split = world_size, accumulate, first
         ranks = [list(data.GlobalBatches(50, 12, 9, 5, rank, *split)) for rank in range(world_size)]
         steps = range(0, (9 - first) * accumulate, accumulate)
-        return [[chunk for part in ranks for chunk in part[i : i + accumulate]] for i in steps]
+        return [sum((chunk for part in ranks for chunk in part[i : i + accumulate]), []) for i in steps]
 
-    whole = [sum(step, []) for step in batches(1, 1)]
+    whole = batches(1, 1)
     for other in (batches(2, 1), batches(3, 2), batches(1, 4), batches(1, 1)[:5] + batches(2, 1, first=5)):
-        assert [sum(step, []) for step in other] == whole
+        assert other == whole
     for epoch in range(2):
         seen = sum(whole[4 * epoch : 4 * epoch + 4], [])
         assert {e for e, _ in seen} == {epoch} and len(set(seen)) == 48  # no duplicates
 
-    pixels, labels = torch.rand(50, 3, 8, 8), torch.arange(50) % 7
-    for splits in zip(*(batches(*split, neighbor=True) for split in ((1, 1), (2, 1), (3, 2), (1, 6)))):
-        mixed = []
-        for chunks in splits:
-            index = [[i for _, i in chunk] for chunk in chunks]
-            parts = [data.mix(pixels[i], labels[i], 7, 0.8, 1.0, 5, 3) for i in index]
-            mixed.append([torch.cat(part) for part in zip(*parts)])
-        for images, targets in mixed:
-            assert torch.equal(images, mixed[0][0]) and torch.equal(targets, mixed[0][1])
-            torch.testing.assert_close(targets.sum(1), torch.ones(12))
+
+def test_mixing_is_a_function_of_seed_and_step():
+    pixels, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 7
+    images, targets = data.mix(pixels, labels, 7, 0.8, 1.0, 5, 3)
+    assert torch.equal(images, data.mix(pixels, labels, 7, 0.8, 1.0, 5, 3)[0]) and not torch.equal(images, pixels)
+    torch.testing.assert_close(targets.sum(1), torch.ones(12))
 
 
 def write_images(root, split, classes, count=3, size=(40, 50)):
@@ -920,11 +915,11 @@ def test_images_of_every_kind_are_read_correctly(tmp_path, monkeypatch):
         image = np.asarray(data.load_image(path)).astype(int)
         assert image.shape == (40, 60, 3) and np.abs(image - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, path
     Image.fromarray(wide).save(tmp_path / "16bit.png")
-    assert np.abs(np.asarray(data.load_image(tmp_path / "16bit.png"))[..., 1] - wide / 257).max() <= 1
+    assert "its mode is I;16, not 8 bits a channel" in refusal(lambda: data.load_image(tmp_path / "16bit.png"))
     for transform in (data.train_transform(32, 0.08, 9, 0), data.eval_transform(32)):
         assert transform(Image.new("RGB", (1, 1))).shape == transform(Image.new("RGB", (9000, 30))).shape == (3, 32, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # more than twice as many may fill the memory
-    assert "16bit.png: cannot be read" in refusal(lambda: data.load_image(tmp_path / "16bit.png"))
+    assert "palette.png: cannot be read" in refusal(lambda: data.load_image(tmp_path / "palette.png"))
 
 
 def test_classification_images_are_augmented_as_in_swin_s_recipe():
@@ -954,7 +949,6 @@ def test_training_skips_a_broken_image_and_reports_it_once(folder, capfd, worker
             assert torch.equal(pixels[index], expected[0]) and labels[index] == expected[1]
     reported = {line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")}
     assert sorted(re.search(r"\w+/\d\.png", line)[0] for line in reported) == ["cat/3.png", "cat/4.png", "dog/7.png"]
-    assert whole.broken.nonzero().flatten().tolist() == [3, 4, 15]
     for path in sorted((folder / "train").rglob("*.png"))[:15]:
         path.write_bytes(b"")
     assert "11 of 16 training images are broken, the last: " in refusal(lambda: data.SkipBroken(images)[0, 0])
@@ -973,10 +967,9 @@ class Deadly(data.Shapes):
 
 @pytest.mark.parametrize("index, complaint", [(7, "a loader process was lost .*--ipc=host"), (9, "scene 9: ")])
 def test_a_loader_ends_with_its_processes_although_they_ignore_signals(index, complaint):
-    options = dict(sampler=[(0, i) for i in (1, 2, index, 3, 4)], worker_init_fn=data.ignore_signals)
-    loader = data.loader_of(Deadly(20, 32, 0, "train"), 2, CPU, **options)
+    batches = data.batches_of(Deadly(20, 32, 0, "train"), 2, CPU, sampler=[(0, i) for i in (1, 2, index, 3, 4)])
     with pytest.raises(data.InputError, match=complaint) as error:
-        list(data.batches_of(loader))
+        list(batches)
     assert error and not torch.multiprocessing.active_children()
 
 
@@ -1051,18 +1044,18 @@ write = lambda root, task: write_scenes(root, task) if task in ("sem", "pan") el
 
 
 def read(root, task, split="train", transform=UNCHANGED, **options):
-    if task == "sem":
-        return data.Ade(root, split, transform, **options)
-    return data.Coco(root, split, task, transform, **options)
+    return (data.Ade if task == "sem" else data.Coco)(root, split, task, transform, **options)
 
 
 def read_both(root, task="inst"):
-    """The data sets of training, but without augmentation, and of evaluation, as train.py creates and checks them."""
+    """The data sets of training, but without augmentation, and of evaluation, as train.py creates them."""
     train_set = read(root, task)
-    val_set = read(root, task, "val", v2.Resize(20), classes=train_set.classes)
-    for dataset, split in ((train_set, "training"), (val_set, "validation")):
-        data.check(dataset, split)
-    return train_set, val_set
+    return train_set, read(root, task, "val", v2.Resize(20), classes=train_set.classes)
+
+
+def read_all(dataset):
+    """Read every image and its annotations."""
+    return [dataset[0, i] for i in range(len(dataset))]
 
 
 def edit(change, *splits):
@@ -1111,7 +1104,7 @@ def test_coco_annotations_of_every_form_are_read_correctly(tmp_path):
     write_coco(tmp_path)
     coco = read(tmp_path, "inst")
     assert coco.classes == ["boat", "kite"] and coco.categories == [7, 90] and len(coco) == 2
-    assert coco.dropped == 1  # the one without area; the crowd is no training target, either
+    assert coco.counts["dropped"] == 1  # the one without area; the crowd is no training target, either
     image, target = coco[0, 1]  # images are sorted by id
     assert image.dtype == torch.uint8 and torch.equal(image == 100, target["masks"].any(0).expand(3, 40, 60))
     assert target["labels"].tolist() == [1, 0, 0] and np.array_equal(target["masks"].numpy(), list(COCO_MASKS.values()))
@@ -1165,7 +1158,7 @@ def test_augmentation_keeps_boxes_and_masks_on_their_objects(tmp_path):
 @pytest.mark.parametrize("height, width", [(1080, 1920), (640, 360), (217, 333), (120, 2000), (2000, 120)])
 def test_photographs_of_any_shape_become_squares_in_training_and_keep_their_shape_in_evaluation(task, height, width):
     image, labels = tv_tensors.Image(torch.full((3, height, width), 255, dtype=torch.uint8)), torch.ones(height, width)
-    boxes = data.box_tensor([[0, 0, width, height]], (height, width))
+    boxes = [[0, 0, width, height]]
     for seed in range(5):
         with data.seeded(seed):
             parts = ([0], boxes, None) if task == "det" else ([0], None, labels.byte())
@@ -1185,36 +1178,45 @@ PAN_MAP = "annotations/panoptic_train2017/3.png"
 WRONG = [  # task, damage, part of the message
     ("inst", lambda root: (root / INSTANCES).unlink(), "instances_train2017.json: "),
     ("inst", lambda root: (root / "train2017").rename(root / "train"), "train2017: "),
-    ("inst", entry("images", 0, file_name="train2017/x.png"), "x.png"),
-    ("inst", entry("images", 0, file_name="night/b.png"), "would both be"),
-    ("inst", lambda root: cut_in_half(root / INSTANCES), "JSON"),
-    ("inst", edit(lambda c: c.update(annotations=c["annotations"][2:3])), "no usable annotation"),
-    ("inst", every_object(segmentation=None), "no usable annotation"),
-    ("inst", edit(lambda c: c["annotations"].insert(1, None)), "annotations[1] has no usable image_id"),
-    ("inst", one_object(iscrowd="maybe"), "annotations[1] has no usable iscrowd"),
-    ("inst", one_object(bbox=["1", "2", "x", "4"]), "bbox"),
-    *(("inst", one_object(segmentation=mask), " has a ") for mask in (
-        MASK | dict(size=[60, 40]), MASK | dict(counts=[7, 9]), MASK | dict(counts=TEXT[:-1]),
-        MASK | dict(counts="\n" + TEXT), [[[4, 2], [5, 2], [5, 3]]], [["x"] * 6], [[0, 0, 9, 0, 9, 1e9]])),
-    ("inst", entry("images", 1, width=60.5), "images[1] has no usable width"),
-    ("inst", entry("images", 1, id="5"), "id"),
+    ("inst", entry("images", 0, file_name="x.png"), "images[0]: x.png is not in"),
+    ("inst", lambda root: cut_in_half(root / INSTANCES), "no COCO file"),
+    ("inst", edit(lambda c: c.pop("categories")), "there is no 'categories'"),
+    ("inst", edit(lambda c: c.update(annotations=c["annotations"][4:])), "annotate something"),
+    ("inst", edit(lambda c: [e.update(bbox=[0.1, 0.1, 0.5, 0.5]) for e in c["annotations"]]), "write them in pixels"),
+    ("inst", edit(lambda c: c["annotations"].insert(1, None)), "annotations[1]: "),
+    ("inst", edit(lambda c: c["annotations"][1].pop("bbox")), "annotations[1]: there is no 'bbox'"),
+    ("inst", one_object(image_id=99), "annotations[1]: there is no 99"),
+    ("inst", one_object(category_id="7"), "annotations[1]: there is no category 7"),
+    *(("inst", one_object(iscrowd=flag), "annotations[1]: iscrowd must be 0 or 1") for flag in ("0", 2, "maybe")),
+    *(("inst", one_object(bbox=box), "annotations[1]: ") for box in (
+        [1, 2, 3], ["1", "2", "3", "4"], [1, 2, math.nan, 4], 7, None)),
+    *(("inst", one_object(area=area), "annotations[1]: ") for area in ("large", -1, math.nan)),
+    *(("inst", one_object(segmentation=mask), "annotations[1]: ") for mask in (
+        MASK | dict(size=[60, 40]), MASK | dict(counts=[7, 9]), MASK | dict(counts=TEXT + TEXT), dict(counts=TEXT),
+        [["x"] * 6], [[0, 0, 9, 0, 9, 1e9]], [[1, 1, 9, 1, 9, 9, 4]], [[math.nan] * 6])),
+    ("inst", entry("images", 1, width="60"), "images[1]: "),
+    ("inst", entry("images", 1, id="5"), "images[1]: ids must be different whole numbers"),
+    ("inst", entry("images", 1, id=5), "images[1]: ids must be different whole numbers"),
+    ("inst", entry("categories", 1, name="kite"), "categories[1]: names must be different"),
     ("inst", picture("train2017/a.png", "RGB"), "a.png: 90 x 60 pixels"),
+    ("inst", lambda root: Image.new("I;16", (60, 40)).save(root / "train2017" / "a.png"), "not 8 bits a channel"),
     ("pan", lambda root: (root / PAN_MAP).parent.rename(root / "x"), "panoptic_train2017"),
     ("pan", picture(PAN_MAP, "RGB", 0, (61, 40)), "3.png: 61 x 40 pixels"),
     ("pan", lambda root: cut_in_half(root / PAN_MAP), "3.png: cannot be read"),
     ("pan", segments(lambda found: found.pop(2)), "segment 27000 has no entry in"),
-    ("pan", segments(lambda found: found[0].update(category_id=99)), "categor"),
-    ("pan", segments(lambda found: found[1].update(id=9000)), "segments"),
-    ("pan", edit(lambda c: c["annotations"].append(c["annotations"][0])), "annotations"),
-    ("sem", lambda root: (root / MAPS / "1.png").unlink(), "no label map of 1.jpg"),
+    ("pan", segments(lambda found: found[0].update(category_id=99)), "there is no category 99"),
+    ("pan", segments(lambda found: found[1].update(id=9000)), "two segments have the same id"),
+    ("pan", edit(lambda c: c["annotations"].append(c["annotations"][0])), "has 2 annotations"),
+    ("sem", lambda root: (root / MAPS / "1.png").unlink(), "no 1.png; every image"),
     ("sem", lambda root: (root / "images/training").rename(root / "images/train"), "training: no such"),
-    ("sem", picture("images/training/0.png"), "have the same label map"),
+    ("sem", picture("images/training/0.png"), "two images have 0.png"),
     ("sem", picture(MAPS + "/0.png", "L", 1, (50, 40)), "50 x 40"),
-    ("sem", picture(MAPS + "/0.png", "RGB", "red"), "0.png: colors in it"),
-    ("sem", stripes(0, 85, 170, 255), "the values 0, 85, 170, 255 in it cannot be"),
-    ("sem", stripes(0, 255, names=3), "no labeled pixel"),
+    ("sem", picture(MAPS + "/0.png", "RGB", "red"), "0.png: its mode is RGB"),
+    ("sem", stripes(0, 85, 170, 255), "the labels are 0, 85, 170, 255"),
+    ("sem", stripes(0, 1), "the labels are 0, 1; number two or more classes"),  # a lesion, and void
     ("sem", stripes(0, 1, 9, 255, names=3), "0.png: label 9 in it"),
-    ("sem", lambda root: (root / NAMES).write_text("2\twall\n1\tsky\n"), "the row of class 1 is not"),
+    ("sem", stripes(0, 40, 300, names=300), "its mode is I;16"),
+    ("sem", lambda root: (root / NAMES).write_text("2\twall\n1\tsky\n"), "its rows are not 1, a tab"),
 ]
 
 
@@ -1222,41 +1224,30 @@ WRONG = [  # task, damage, part of the message
 def test_one_line_says_what_is_wrong_with_files(tmp_path, task, damage, complaint):
     write(tmp_path, task)
     damage(tmp_path)
-    assert complaint in refusal(lambda: data.check(read(tmp_path, task), "validation"))
+    message = refusal(lambda: read_all(read(tmp_path, task)))
+    assert complaint in message and len(message) < 300 + 2 * len(str(tmp_path))
 
 
 LEFT, EVERY = [[40, 20, 50, 20, 50, 35, 40, 35]], [0, 1, 3]  # polygon of object 1; objects with area
-UNUSUAL = [  # change, which objects are left
-    (every_object(iscrowd=None), EVERY), (every_object(iscrowd="0"), EVERY),
-    (entry("annotations", 2, iscrowd=True), EVERY), (every_object(area="large"), EVERY),
-    (one_object(area=math.nan, segmentation=LEFT), EVERY), (one_object(segmentation=MASK | dict(counts=TEXT)), EVERY),
-    (edit(lambda c: [e.update(bbox=[str(x) for x in e["bbox"]]) for e in c["annotations"]]), EVERY),
+USUAL = [  # change, which objects are left
+    (every_object(iscrowd=None), EVERY), (edit(lambda c: [e.pop("area") for e in c["annotations"]]), EVERY),
+    (one_object(area=None, segmentation=LEFT), EVERY), (one_object(segmentation=MASK | dict(counts=TEXT)), EVERY),
     (one_object(segmentation=[[40, 20, 50, 35], *LEFT]), EVERY),  # two points have no area
-    (one_object(segmentation=[[1, 1, 9, 1, 9, 9, 4], *LEFT]), EVERY),  # seven numbers are no points
-    (one_object(segmentation=[[math.nan] * 6, *LEFT]), EVERY),
-    (one_object(segmentation=[[str(x) for x in LEFT[0]]]), EVERY),
     (one_object(segmentation=[[40, 20, 50, 35]]), [0, 3]), (one_object(segmentation=None), [0, 3]),
     (one_object(segmentation=[[99, 9, 120, 9, 120, 30]]), [0, 3]),  # outside of the image
     (one_object(segmentation=MASK | dict(counts=[2400])), [0, 3]), (one_object(bbox=[60, 0, 5, 5]), [0, 3]),
-    (edit(lambda c: [e.update(id=float(e["id"]), width=60.0) for e in c["images"]]), EVERY),
-    (edit(lambda c: [e.update(width="60", height=40.0) for e in c["images"]]), EVERY),
-    (edit(lambda c: [e.update(id=str(e["id"])) for e in c["images"] + c["categories"]]), EVERY),
-    (edit(lambda c: [e.update(id={5: "5", 3: "night"}[e["id"]]) for e in c["images"]]), EVERY),
-    (entry("images", 0, file_name="C:\\data\\photos\\a.png"), EVERY),  # of another machine
-    (entry("images", 0, file_name="/home/else/data/train2017/a.png"), EVERY),
-    (lambda root: [p.write_text(p.read_text(), encoding="utf-8-sig") for p in root.glob("*/*.json")], EVERY),
 ]
 
 
-@pytest.mark.parametrize("change, objects", UNUSUAL)
-def test_annotations_of_any_tool_mean_the_same_in_training_and_evaluation(tmp_path, change, objects):
+@pytest.mark.parametrize("change, objects", USUAL)
+def test_annotations_mean_the_same_in_training_and_evaluation(tmp_path, change, objects):
     write_coco(tmp_path)
     change(tmp_path)
     train_set, val_set = read_both(tmp_path)
-    target = next(target for image, target in (train_set[0, i] for i in range(2)) if image.any())  # of a.png
+    target = next(target for image, target in read_all(train_set) if image.any())  # of a.png
     assert target["labels"].tolist() == [int(i == 0) for i in objects] and train_set.classes == ["boat", "kite"]
     assert np.array_equal(target["masks"].numpy(), [COCO_MASKS[i] for i in objects])
-    assert train_set.dropped == val_set.dropped == 4 - len(objects)
+    assert train_set.counts["dropped"] == val_set.counts["dropped"] == 4 - len(objects)
     coco = val_set.coco()
     truth = [e for e in coco.dataset["annotations"] if not e["iscrowd"]]
     assert [e["bbox"] for e in truth] == [COCO_OBJECTS[i]["bbox"] for i in objects]
@@ -1273,37 +1264,29 @@ def write_export(root):
         path = (root / f"{split}2017").rename(root / place) / "_annotations.coco.json"
         (root / "annotations" / f"instances_{split}2017.json").rename(path)
         content = json.loads(path.read_text())
-        content["categories"].insert(0, dict(id=0, name="things", supercategory="none"))
-        if split == "val":  # kite comes first, and one class has no objects
-            content["categories"] = [dict(id=1, name="kite"), dict(id=2, name="boat"), dict(id=4, name="never")]
+        if split == "val":  # kite comes first
+            content["categories"] = [dict(id=1, name="kite"), dict(id=2, name="boat")]
             for e in content["annotations"]:
                 e["category_id"] = {90: 1, 7: 2}[e["category_id"]]
+        content["categories"].insert(0, dict(id=0, name="things", supercategory="none"))
         path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("task", ["det", "inst"])
-def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_path, capsys, task):
+def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_path, task):
     write_export(tmp_path)
     train_set, val_set = read_both(tmp_path, task)
-    printed = capsys.readouterr().out
-    assert "training data: ignored categories without annotations: things" in printed
-    assert "validation data: ignored categories without annotations: never" in printed
     assert train_set.classes == val_set.classes == ["boat", "kite"]
     assert train_set.categories == [7, 90] and val_set.categories == [2, 1]
-
-    def per_class(dataset, predict=truth_as_prediction):
-        rows = evaluation.evaluate(Oracle(dataset, task, predict), dataset, CPU, per_class=True)["per_class"]
-        return [pytest.approx(row["AP" if task == "det" else "mask_AP"], nan_ok=True) for row in rows]
 
     def kites(*arguments):
         found = truth_as_prediction(*arguments)
         return {name: value[found["labels"] == 1] for name, value in found.items()}
 
-    val = lambda *classes: read(tmp_path, task, "val", v2.Resize(20), classes=classes)
-    assert per_class(val_set, kites) == [0, 1] and per_class(val("dog", "kite", "boat")) == [math.nan, 1, 1]
-    assert "category boat is" in refusal(lambda: val("kite", "dog"))
-    (tmp_path / "val").mkdir()
-    assert "valid are both there" in refusal(lambda: val("boat", "kite"))
+    rows = evaluation.evaluate(Oracle(val_set, task, kites), val_set, CPU, per_class=True)["per_class"]
+    assert [row["AP" if task == "det" else "mask_AP"] for row in rows] == [0, pytest.approx(1)]
+    for classes in (["kite", "dog"], ["kite"], ["boat", "kite", "dog"]):
+        assert "is in the file or the model only" in refusal(lambda: read(tmp_path, task, "val", classes=classes))
 
 
 @pytest.mark.parametrize("values, names, classes, void", [
@@ -1311,9 +1294,8 @@ def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_
     ((0, 1, 2, 255), None, 2, (0, 255)),
     ((0, 1, 255), 150, 150, (0, 255)),
     ((0, 1, 255), 255, 255, (0,)),  # a class that has a name
-    ((0, 40, 255, 300), 300, 300, (0,)),  # 16 bits
 ])
-def test_255_is_void_if_there_are_fewer_classes(tmp_path, capsys, values, names, classes, void):
+def test_255_is_void_if_there_are_fewer_classes(tmp_path, values, names, classes, void):
     write_scenes(tmp_path, "sem", [(40, 60), (40, 60)])
     stripes(*values, names=names)(tmp_path)
     train_set, val_set = read_both(tmp_path, "sem")
@@ -1321,16 +1303,12 @@ def test_255_is_void_if_there_are_fewer_classes(tmp_path, capsys, values, names,
     assert len(train_set.classes) == classes and train_set[0, 0][1]["labels"].tolist() == [value - 1 for value in seen]
     for dataset in (train_set, val_set):
         assert np.array_equal(dataset.label_map(0), np.where(np.isin(pixels, seen), pixels - 1, -1))
-    printed = capsys.readouterr().out
-    share = f"{np.isin(pixels, [0, *void]).mean():.1%} of the pixels void"
-    assert printed.count(f"2 images, {classes} classes, of which {len(seen)} occur, {share}") == 2
-    assert printed.count("are both void") == (2 if {0, 255} <= {*void} else 0)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
-def test_gray_label_maps_are_read_in_any_mode(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["L", "P"])
+def test_gray_and_palette_label_maps_are_read(tmp_path, mode):
     write_scenes(tmp_path, "sem", [(60, 60), (60, 60)])
-    (tmp_path / NAMES).write_text("\ufeff" + "".join(f"{i}\tname {i}, other\n" for i in range(1, 14)) + " \n")
+    (tmp_path / NAMES).write_text("Idx\tName\n" + "".join(f"{i}\tname {i}, other\n" for i in range(1, 14)) + " \n")
     for path in tmp_path.glob("annotations/*/*.png"):
         image = Image.open(path)
         if mode == "P":  # the palette is for display; the pixels hold the labels
@@ -1342,12 +1320,11 @@ def test_gray_label_maps_are_read_in_any_mode(tmp_path, mode):
 
 
 def test_hidden_files_are_never_taken_for_images(tmp_path, folder):
-    """Files that macOS, Windows and Jupyter leave behind."""
+    """Files that macOS and Jupyter leave behind."""
     write_scenes(tmp_path, "sem")
     for place in ("train", "valid", "train/cat", "valid/cat", "images/training", "images/validation"):
-        for name in (".ipynb_checkpoints", "__MACOSX"):
-            (folder / place / name).mkdir(parents=True)
-            Image.new("RGB", (60, 40)).save(folder / place / name / "copy.png")
+        (folder / place / ".ipynb_checkpoints").mkdir(parents=True)
+        Image.new("RGB", (60, 40)).save(folder / place / ".ipynb_checkpoints" / "copy.png")
         for name in ("._photo.jpg", ".DS_Store", "Thumbs.db"):
             (folder / place / name).write_bytes(b"no image")
     shutil.copytree(folder / "val", folder / "valid", dirs_exist_ok=True)
@@ -1362,22 +1339,6 @@ def many_times(content):
     """List the images of a COCO file, and their annotations, nine times."""
     for table, keys in (("images", ["id"]), ("annotations", ["id", "image_id"])):
         content[table] = [e | {key: e[key] + 1000 * i for key in keys} for i in range(9) for e in content[table]]
-
-
-def test_the_check_prints_a_summary_and_what_will_be_skipped(tmp_path, capsys):
-    write_coco(tmp_path)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated in the file, as cameras store it
-    Image.new("RGB", (40, 60)).save(tmp_path / "train2017" / "a.png", "JPEG", exif=exif)
-    edit(many_times)(tmp_path)
-    (tmp_path / "train2017" / "b.png").write_text("no image")
-    data.check(read(tmp_path, "det"), "training")
-    summary, skipped = capsys.readouterr().out.splitlines()
-    assert summary.startswith("training data: 18 images, 2 classes, 27 objects, ") and "9 crowds" in summary
-    assert "9 images will be skipped, the first: " in skipped
-    (tmp_path / "train2017" / "a.png").write_text("no image")
-    complaint = refusal(lambda: data.check(read(tmp_path, "det"), "training"))
-    assert "18 of 18 training images are broken, the last: " in complaint
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1622,15 +1583,15 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
-def test_predictions_are_drawn_and_written_as_data(tmp_path, monkeypatch, capsys, task):
+def test_predictions_are_drawn(tmp_path, monkeypatch, capsys, task):
     monkeypatch.chdir(tmp_path)
-    model, pixels = saved_checkpoint("last.pt", task), np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+    saved_checkpoint("last.pt", task)
     os.mkdir("photos")
-    Image.fromarray(pixels).save("photos/a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save("photos/a.png")
     shutil.copy("last.pt", "photos/._b.png")  # hidden, and no image
     Image.new("L", (300, 100), 80).save("b c.jpg")
     Image.new("RGB", (40, 40)).save("a.jpg")
-    arguments = ["--images", "photos", "b c.jpg", "a.jpg", "--clusters", "--out", "out", "--json", "found.json"]
+    arguments = ["--images", "photos", "b c.jpg", "a.jpg", "--clusters", "--out", "out"]
     arguments += ["--explain", "star", "disc"] * (task == "cls")
     assert "3 images drawn in out" in call(evaluation, capsys, "--checkpoint", "last.pt", *arguments)
     kinds = ["", "-clusters", *["-explained"] * (task == "cls")]
@@ -1638,16 +1599,20 @@ def test_predictions_are_drawn_and_written_as_data(tmp_path, monkeypatch, capsys
     for name in os.listdir("out"):
         drawn = Image.open(f"out/{name}")
         assert min(drawn.size) > 100 and drawn.convert("L").getextrema()[0] < 100
-    first, *_ = json.loads((tmp_path / "found.json").read_text())
-    assert first["image"].endswith("a.png") and (first["height"], first["width"]) == (50, 90)
-    image = data.dense_eval_transform(task, 64)(tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)))
-    (expected,) = model.predict([data.as_float(image)], [(50, 90)])
-    if task in ("det", "inst"):
-        assert [x["score"] for x in first["found"]] == pytest.approx(expected["scores"].tolist(), abs=1e-5)
-        assert Counter(x["name"] for x in first["found"]) == Counter(list(data.THINGS)[c] for c in expected["labels"])
-    if task in ("inst", "sem", "pan"):
-        masks = [mask_utils.decode(x["mask"]) for x in first["found"]]
-        assert all(mask.shape == (50, 90) for mask in masks) and (task != "sem" or (sum(masks) == 1).all())
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_regions_are_drawn_where_they_are_predicted(task):
+    scenes, names = data.Shapes(3, 96, 0, "val", task), data.Shapes(1, 96, 0, "val", task).classes
+    for i in range(3):
+        image, prediction = data.as_float(scenes[0, i][0]), truth_as_prediction(scenes, task, i)
+        texts, masks, boxes = evaluation.regions_of(prediction, names)
+        (_, panel), (_, picture) = evaluation.prediction_panels(prediction, names, task, image, (96, 96))
+        assert panel.shape == picture.shape == (3, 560, 560) and len(texts) > 1
+        changed = evaluation.enlarge(torch.arange(96**2).view(96, 96), (96, 96), panel)[(panel != picture).any(0)].unique()
+        if masks is not None:
+            covered = torch.zeros(96**2).index_fill(0, changed, 1).view(96, 96).bool()
+            assert (covered & masks.any(0)).sum() > 0.9 * masks.any(0).sum()
 
 
 def test_outputs_replace_nothing_but_pictures_of_our_own(folder, capsys, monkeypatch, checkpoint):
@@ -1660,7 +1625,7 @@ def test_outputs_replace_nothing_but_pictures_of_our_own(folder, capsys, monkeyp
     monkeypatch.setattr(cf.ClusterFormer, "predict", lambda *_: pytest.fail("something was computed before"))
     for name, *arguments in [
         (checkpoint, "--images", "photos", "--out", "photos"), (checkpoint, "--images", "val/dog", "--out", "photos"),
-        (checkpoint, "--json", checkpoint), (checkpoint, "--images", "photos", "--json", "truth.json"),
+        (checkpoint, "--json", checkpoint), (checkpoint, "--json", "truth.json"),
         ("sem.pt", "--save-predictions", "maps"), ("pan.pt", "--save-predictions", "truth.json"),
         ("pan.pt", "--save-predictions", "maps.json"),
     ]:
@@ -1740,19 +1705,9 @@ def spoiled_on_one(rank, path):
     return steps, [p.detach() for group in made[0].param_groups for p in group["params"]]
 
 
-def survey_five():
-    def look(index):
-        if index in (1, 4):
-            raise data.InputError(f"file {index}")
-        return Counter({index: 1, 7: 2})
-
-    total, faults = data.survey(look, 5, "looking")
-    return total, list(map(str, faults))
-
-
 def all_parts(rank, path):
     spoiled, own = spoiled_on_one(rank, path), gradients(range(3 * rank, 3 * rank + 3), 2)
-    return dict(spoiled=spoiled, gradients=own, metrics=evaluate_a_part(rank, path), survey=survey_five())
+    return dict(spoiled=spoiled, gradients=own, metrics=evaluate_a_part(rank, path))
 
 
 @pytest.fixture(scope="module")
@@ -1766,11 +1721,6 @@ def test_two_processes_give_the_gradients_of_one_with_the_whole_batch(pair):
     for name, expected in gradients(range(6)).items():
         torch.testing.assert_close(first[name], expected, atol=1e-4, rtol=1e-3)
         assert torch.equal(first[name], second[name])
-
-
-def test_all_processes_agree_whichever_of_them_reads_a_file(pair):
-    expected = Counter({0: 1, 2: 1, 3: 1, 7: 6}), ["file 1", "file 4"]
-    assert survey_five() == pair[0]["survey"] == pair[1]["survey"] == expected
 
 
 def test_all_processes_skip_the_step_in_which_one_has_no_finite_loss(pair):
@@ -1789,7 +1739,7 @@ def call(module, capsys, *arguments):
     argv, sys.argv = sys.argv, [module.__name__ + ".py", *map(str, arguments)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        evaluation.run(module.main)
+        data.in_one_line(module.main)
     finally:
         sys.argv = argv
         for number, handler in handlers.items():
@@ -1845,7 +1795,7 @@ def test_accumulated_and_compiled_steps_are_those_of_the_whole_batch(tmp_path, c
     # Adam would magnify rounding in its first steps.  Adam and clipping would hide a gradient of the wrong norm.
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups, 0.0))
     monkeypatch.setattr(torch, "compile", lambda model, right=torch.compile: right(model, backend="aot_eager"))
-    arguments, found = [*QUICK, "--epochs", 1, "--batch-size", 12, "--lr", 0.1, "--clip", 0, "--mixup", 0.8], []
+    arguments, found = [*QUICK, "--epochs", 1, "--batch-size", 12, "--lr", 0.1, "--clip", 0], []
     for i, option in enumerate(([], ["--accumulate", 3], ["--compile"] if os.environ.get("SLOW") else [])):
         call(train, capsys, *arguments, *option, "--out", tmp_path / str(i))
         found.append(torch.load(tmp_path / str(i) / "last.pt")["model"])
@@ -1867,7 +1817,8 @@ def test_best_pt_is_of_the_best_evaluation(tmp_path, capsys, monkeypatch):
 def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, monkeypatch):
     def parse(arguments, count=10_000):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", "/nowhere", *arguments.split()])
-        return train.complete(train.parse_flags(), count)
+        monkeypatch.setattr(train, "count_images", lambda *_: count)
+        return train.parse_settings()
 
     for arguments, epochs in {"": 5, "--data D": 1, "--task sem": 1, "--task sem --data D": 5}.items():
         assert parse(arguments).evaluate_every == epochs
@@ -1908,7 +1859,7 @@ def train_and_evaluate(tmp_path, capsys, task, processes, *options):
         _, errors = (run := start(processes, *arguments, "--out", out)).communicate()
         assert run.returncode == 0, errors
     resume = "--task", task, "--resume", "--epochs", 2, "--out", out
-    assert "resuming after step 2" in call(train, capsys, *resume)
+    assert "after step 2 of 4 steps" in call(train, capsys, *resume)
     assert [line["step"] for line in log_of(out)] == [2, 4]
     assert "held-out" in call(train, capsys, *resume)  # nothing is left to do
     more = ["--per-class", "--save-predictions", tmp_path / ("maps" if task == "sem" else "saved.json")] * dense
@@ -1921,7 +1872,7 @@ def train_and_evaluate(tmp_path, capsys, task, processes, *options):
     for name in saved if processes == 1 else ():
         assert saved[name] == pytest.approx(metrics[name], abs=0.01, nan_ok=True)
     if dense:
-        assert "belongs to a run of --task" in failure(train, capsys, "--task", "cls", "--resume", "--out", out)
+        assert "is of a run of --task" in failure(train, capsys, "--task", "cls", "--resume", "--out", out)
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
@@ -1950,10 +1901,9 @@ def short_run(task, folder, count=18):
 def test_init_takes_what_fits_and_a_resumed_run_keeps_its_settings(tmp_path, capsys, checkpoint):
     arguments, out = short_run("cls", tmp_path / "files", 4), tmp_path / "run"
     printed = call(train, capsys, *arguments, "--iterations", 1, "--epochs", 1, "--init", checkpoint, "--out", out)
-    assert "tensors; new: head.classifier\n" in printed
-    torch.save(torch.load(out / "last.pt") | {"processes": 4}, out / "last.pt")
+    assert "has no fitting weights of head.classifier\n" in printed
     printed = call(train, capsys, "--resume", "--epochs", 2, "--out", out)
-    assert "resuming after step 2\n4 processes before, 1 now: every step uses the same images" in printed
+    assert "after step 2 of 4 steps" in printed
     model, state = evaluation.load_checkpoint(out / "last.pt")
     assert model.arguments["iterations"] == state["settings"]["iterations"] == 1 and state["step"] == 4
     assert {len(entry["weights"]) for entry in cf.trace(model, torch.rand(1, 3, 64, 64))} == {1}
@@ -1963,9 +1913,9 @@ def test_a_run_on_other_images_or_batches_is_not_resumed(tmp_path, capsys):
     arguments, out = short_run("cls", tmp_path / "files", 4), tmp_path / "run"
     call(train, capsys, *arguments, "--out", out)
     resume = ["--resume", "--epochs", 3, "--out", out]
-    assert "in batches of 4, now 8 in batches of 2; --epochs" in failure(train, capsys, *resume, "--batch-size", 2)
+    assert "with batch_size 4, not 2; --epochs" in failure(train, capsys, *resume, "--batch-size", 2)
     (tmp_path / "files" / "train" / "cat" / "0.png").unlink()
-    assert "run on 8 images in batches of 4, now 7 in" in failure(train, capsys, *resume)
+    assert "with images 8, not 7; --epochs" in failure(train, capsys, *resume)
     assert step_of(out) == 4
 
 
@@ -2033,7 +1983,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
             patched.setattr(module, name, broken)
             call(train, capsys, *arguments, "--out", out, "--resume", "--checkpoint-every", 0)
         assert before < step_of(out) < 8
-    assert "resuming after step" in call(train, capsys, "--out", out, "--resume")
+    assert "M parameters, after step" in call(train, capsys, "--out", out, "--resume")
     assert_same_end(tmp_path / "whole", out)
 
 
@@ -2054,7 +2004,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_weights_of_an_uninterrupted_on
         assert step_of(out) >= before
     run = start(processes, "--out", out, "--resume", "--task", task)
     printed, errors = run.communicate()
-    assert run.returncode == 0 and "resuming after step" in printed, errors
+    assert run.returncode == 0 and "M parameters, after step" in printed, errors
     assert printed.count("held-out images") == 1  # one process prints
     assert_same_end(tmp_path / "whole", out)
 
@@ -2084,7 +2034,7 @@ def test_whatever_stops_one_process_stops_all_and_one_can_resume(tmp_path):
     wait_for(lambda: step_of(out) > step)
     run.send_signal(signal.SIGINT)  # Ctrl-C
     printed, errors = run.communicate()
-    assert run.returncode == 130 and "Traceback" not in errors and f"resuming after step {step}" in printed
+    assert run.returncode == 130 and "Traceback" not in errors and f"after step {step} of" in printed
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, capsys):
@@ -2101,11 +2051,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, capsys):
     assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.part").exists()
 
 
-def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(tmp_path, capsys, monkeypatch):
+def test_a_step_whose_loss_is_not_finite_changes_nothing(tmp_path, capsys, monkeypatch):
     few_scenes(monkeypatch, 40, 4)
     spoil(monkeypatch, {2, 3})
-    printed = call(train, capsys, *QUICK, "--batch-size", 10, "--epochs", 1, "--out", tmp_path)
-    assert "2 steps of this epoch were skipped" in printed
+    call(train, capsys, *QUICK, "--batch-size", 10, "--epochs", 1, "--out", tmp_path)
     state = torch.load(tmp_path / "last.pt")
     assert {own["step"].item() for own in state["optimizer"]["state"].values()} == {2.0} and state["step"] == 4
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -2117,7 +2066,7 @@ def test_after_20_bad_steps_a_run_stops_and_its_checkpoint_is_from_before_them(t
     spoil(monkeypatch, range(3, 100))
     arguments = [*QUICK, "--batch-size", 4, "--epochs", 1, "--checkpoint-every", 0, "--out", tmp_path]
     message = failure(train, capsys, *arguments)
-    assert re.search("not finite in 20 steps in a row, 4 to 23: lower --lr .* is from before them", message)
+    assert re.search("not finite in 20 steps in a row, up to step 23: lower --lr .* is from before", message)
     assert step_of(tmp_path) == 3
 
 
@@ -2171,8 +2120,8 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # a step may take longer than 30 s
     out = tmp_path / "run"
     write_scenes(tmp_path / "files", task, [(480, 640), (640, 480), (427, 640), (500, 375)])
-    recipe = asdict(dict(cls=train.IMAGENET, sem=train.ADE20K).get(task, train.COCO))  # few images take another one
-    recipe |= dict(task=task, data=tmp_path / "files", out=out, batch_size=2, epochs=2, evaluate_every=1, workers=1)
+    recipe = dict(cls=train.IMAGENET, sem=train.ADE20K).get(task, train.COCO)  # few images take another one
+    recipe = recipe | dict(task=task, data=tmp_path / "files", out=out, batch_size=2, epochs=2, evaluate_every=1, workers=1)
     given = [(f"--{key.replace('_', '-')}", value) for key, value in recipe.items() if value not in (None, False)]
     run = start(2, *itertools.chain(*given))
     try:
@@ -2180,12 +2129,12 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
         memory = [benchmark.resident_peak(pid) / 2**20 for pid, parent in members(out).items() if parent == run.pid]
         run.send_signal(signal.SIGTERM)
         printed, errors = run.communicate()
-        assert f"{task}, tiny, " in printed and f"training images of {size} x {size} " in printed, errors
+        assert f"--variant tiny " in printed and f"--image-size {size} " in printed, errors
         step = int(re.search(r"stopped after step (\d+) of 4; ", errors).group(1))
         assert run.returncode != 0 and 2 <= step < 4 and len(memory) == 2
         run = start(2, "--task", task, "--out", out, "--resume")
         printed, errors = run.communicate()
-        assert run.returncode == 0 and f"resuming after step {step}\n" in printed, errors
+        assert run.returncode == 0 and f"after step {step} of" in printed, errors
     finally:
         kill(out)
     first, last = log_of(out)
@@ -2201,34 +2150,32 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
     ("cls", lambda root: (root / "train" / "empty").mkdir(), "empty"),
     ("cls", lambda root: write_images(root, "val", ["wolf"]), "1 classes that the model is not trained for: wolf"),
     ("cls", lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "class folder"),
-    ("cls", lambda root: (root / "valid").mkdir(), "are both there; keep one"),
     ("cls", lambda root: [cut_in_half(path) for path in root.glob("val/*/*")], "cannot be read"),  # by a loader process
     ("det", lambda root: (root / "val2017" / "b.png").write_text("no image"), "b.png: cannot be read as an image"),
-    ("inst", edit(lambda c: c["annotations"][2].update(segmentation=MASK | dict(counts="0")), "val"), "has a mask"),
+    ("inst", edit(lambda c: c["annotations"][2].update(segmentation=MASK | dict(counts="0")), "val"), "its run lengths"),
     ("sem", picture("annotations/validation/1.png"), "90 x 60"),
     ("pan", picture("annotations/panoptic_val2017/0.png", "L", 5), "segment "),
     ("pan", lambda root: [path.rename(str(path).replace("panoptic", "instances")) for path in root.glob("*/*.json")],
      "panoptic_train2017"),
 ])
-def test_broken_files_end_a_run_in_one_line_and_before_its_first_step(tmp_path, capsys, task, damage, complaint):
+def test_broken_files_end_a_run_in_one_line(tmp_path, capsys, task, damage, complaint):
     write_scenes(tmp_path, "cls") if task == "cls" else write(tmp_path, task)
     damage(tmp_path)
     arguments = ["--task", task, "--data", tmp_path, "--variant", "nano", "--image-size", 32, "--epochs", 1]
     arguments += ["--batch-size", 1, "--workers", 1, "--out", tmp_path / "run"]
     assert complaint in failure(train, capsys, *arguments)
-    assert task == "cls" or not (tmp_path / "run").exists()  # the images of cls have no labels to be checked
 
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--data", "/no/such/folder"], "/no/such/folder: no such"),
-    (["--batch-size", 0], "--batch-size must be at least 1, got 0"),
+    (["--batch-size", 0], "argument --batch-size: must be at least 1, got 0"),
     (["--batch-size", 20000], "--batch-size 20000 is more than the"),
     (["--image-size", 50], "--image-size 50 is not a multiple of 16; take 48"),
     (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
-    (["--lr", "nan"], "--lr must be at least 0, got nan"),
-    (["--variant", "huge"], "--variant must be one of nano, tiny, small"),
-    (["--smoothing", 1.5], "--smoothing must be below 1"),
-    (["--task", "det", "--mixup", 1], "--mixup works with --task cls only"),
+    (["--lr", "nan"], "argument --lr: must be at least 0, got nan"),
+    (["--variant", "huge"], "argument --variant: invalid choice: 'huge'"),
+    (["--smoothing", 1.5], "argument --smoothing: must be at least 0 and below 1"),
+    (["--task", "det", "--mixup", 1], "--mixup has no effect on --task det"),
     (["--init", "/no/such/file"], "/no/such/file: no such checkpoint"),
     (["--out", "old"], "--resume continues that run"),
 ])
@@ -2245,12 +2192,12 @@ class Malice:
 
 
 @pytest.mark.parametrize("change, complaint", [
-    (lambda state: {"weights": torch.zeros(2)}, "not a checkpoint of train.py"),
-    (lambda state: state | {"model": Malice()}, "not a readable checkpoint"),
+    (lambda state: {"weights": torch.zeros(2)}, "not a whole checkpoint of this train.py (KeyError)"),
+    (lambda state: state | {"model": Malice()}, "not a whole checkpoint"),
     (lambda state: state | {"arguments": state["arguments"] | {"task": "depth"}}, "task must be one of cls, det"),
     (lambda state: state | {"arguments": state["arguments"] | {"num_classes": 2}}, "not a whole checkpoint"),
-    (lambda state: state | {"version": cf.VERSION - 1}, f"of version {cf.VERSION - 1}, this code needs version "),
-    (None, "not a readable checkpoint"),
+    (lambda state: state | {"version": cf.VERSION - 1}, f"version {cf.VERSION - 1}, not {cf.VERSION}"),
+    (None, "not a whole checkpoint"),
 ])
 def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, monkeypatch, checkpoint, change, complaint):
     monkeypatch.chdir(tmp_path)
@@ -2307,7 +2254,8 @@ def test_every_documented_command_is_valid(tmp_path, monkeypatch, command):
         words = [launch.training_script, *launch.training_script_args]
     monkeypatch.setattr(sys, "argv", words)
     script = {"train.py": train, "eval.py": evaluation, ".github/benchmark.py": benchmark}[words[0]]
-    monkeypatch.setattr(script, "start_processes", lambda: sys.exit("valid"))
+    for name in ("start_processes", "load_checkpoint"):
+        monkeypatch.setattr(script, name, lambda *_: sys.exit("valid"), raising=False)
     with pytest.raises(SystemExit, match="^valid$"):
         script.main()
 

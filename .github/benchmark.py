@@ -27,8 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from clusterformer import VARIANTS, ClusterFormer
-from data import Folder, InputError, train_transform
-from eval import run, start_processes
+from data import InputError, in_one_line, make_dataset, start_processes
 
 CLASSES = dict(cls=1000, det=80, inst=80, sem=150, pan=133)  # of ImageNet-1K, COCO and ADE20K
 
@@ -164,7 +163,7 @@ def benchmark(variant, task, image_size, batch_size, device, compiled=None, roun
 
 def loading_speed(data, image_size, images=300):
     """Images per second that one core reads from DIR/train/ and augments by the ImageNet recipe."""
-    dataset = Folder(data, "train", train_transform(image_size, 0.08, randaugment=27, erasing=0.25))
+    dataset = make_dataset("cls", data, "train", image_size, least=0.08, randaugment=27, erasing=0.25)
     torch.set_num_threads(1)  # as in a loader process
     start = time.process_time()  # seconds of CPU time, independent of other load
     for key in tqdm(range(images), "loading", leave=False, disable=None):
@@ -231,4 +230,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    in_one_line(main)

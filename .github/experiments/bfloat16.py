@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from eval import load_checkpoint, validation_set  # noqa: E402
+from data import make_dataset  # noqa: E402
+from eval import load_checkpoint  # noqa: E402
 
 model, checkpoint = load_checkpoint(str(Path(__file__).resolve().parents[1] / "nano-imagenette.pt"))
-dataset = validation_set(sys.argv[1], 192, "cls", checkpoint["classes"])
+dataset = make_dataset("cls", sys.argv[1], "val", 192, classes=checkpoint["classes"])
 indices = range(0, len(dataset), len(dataset) // 100)[:100]
 images = torch.stack([dataset[0, i][0] for i in indices]).float() / 255
 labels = torch.from_numpy(dataset.labels)[list(indices)]

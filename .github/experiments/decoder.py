@@ -25,6 +25,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import clusterformer as cf  # noqa: E402
+import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
@@ -215,7 +216,7 @@ def run_job(part, task, seed, folder):
     if part == "suppression":
         path = os.path.join(folder, f"nothing-{task}-{seed}", "last.pt")
         model, checkpoint = evaluation.load_checkpoint(path)
-        dataset = evaluation.validation_set(None, 96, task)
+        dataset = data.make_dataset(task, None, "val", 96)
         metrics, minutes = evaluation.evaluate(model, dataset, torch.device("cpu"), 8), 0.0
     else:
         out = os.path.join(folder, f"{part}-{task}-{seed}".replace(" ", "-"))

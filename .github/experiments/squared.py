@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from eval import describe, evaluate, load_checkpoint, validation_set  # noqa: E402
+from data import make_dataset  # noqa: E402
+from eval import describe, evaluate, load_checkpoint  # noqa: E402
 
 
 class Plain(torch.nn.Module):
@@ -38,7 +39,7 @@ class Plain(torch.nn.Module):
 if __name__ == "__main__":
     model, checkpoint = load_checkpoint(sys.argv[1])
     settings = checkpoint["settings"]
-    dataset = validation_set(settings["data"], settings["test_size"], model.task, checkpoint["classes"])
+    dataset = make_dataset(model.task, settings["data"], "val", settings["test_size"], classes=checkpoint["classes"])
     for name, variant in (("squared", model), ("plain", Plain(model))):
         metrics = evaluate(variant, dataset, torch.device("cpu"), batch_size=1)
         print(f"{name}: {describe(metrics, model.task)}")
