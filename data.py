@@ -54,8 +54,23 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def number(kind, least, below=math.inf):
+    """A type for argparse: least <= value < below."""
+
+    def read(text):
+        value = kind(text)
+        if not least <= value < below:  # NaN fails, too
+            limit = f" and below {below}" * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, got {text}")
+        return value
+
+    read.__name__ = "number"
+    return read
+
+
 def in_one_line(main):
     """Call main.  An InputError ends the program with one line, not with a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # names of classes that the console cannot show
     try:
         main()
     except InputError as error:
@@ -69,9 +84,15 @@ def in_one_line(main):
             dist.destroy_process_group()
 
 
+def to_json(value, **options):
+    """JSON with null, which every program reads, for the metrics of what does not occur."""
+    return json.dumps(value, **options).replace(": NaN", ": null")
+
+
 def start_processes():
     """Join the processes of torchrun, if any.  Returns rank, number of processes, and device."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -866,8 +887,8 @@ class SkipBroken(Dataset):
 
 def ignore_signals(worker):
     """For loader processes: their parent ends them, in training when the current step is finished."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def batches_of(dataset, workers, device, **options):

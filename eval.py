@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -42,23 +43,34 @@ from tqdm import tqdm
 
 from clusterformer import VERSION, ClusterFormer, grid_shape, trace
 from data import InputError, Parser, Shapes, as_float, batches_of, default_workers, dense_eval_transform
-from data import eval_transform, in_one_line, lists, load_image, make_dataset, start_processes
+from data import eval_transform, in_one_line, lists, load_image, make_dataset, number, start_processes
+from data import to_json
 
 METRIC = dict(cls="top1", det="AP", inst="mask_AP", sem="miou", pan="PQ")  # it chooses best.pt
 COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-def load_checkpoint(path):
-    """Return the averaged model, in evaluation mode on the CPU, and the whole checkpoint."""
+def read_checkpoint(path):
+    """The content of a checkpoint of train.py, a dictionary, on the CPU."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code can run
         if checkpoint["version"] != VERSION:
             raise ValueError(f"version {checkpoint['version']}, not {VERSION}")
-        model = ClusterFormer(**checkpoint["arguments"])
-        model.load_state_dict(checkpoint["ema"])
+        return {name: checkpoint[name] for name in ("settings", "classes", "arguments", "ema")} | checkpoint
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # broken archives raise many kinds of exceptions, some of many lines
+        why = str(error)[:99] if isinstance(error, ValueError) else type(error).__name__
+        raise InputError(f"{path}: not a whole checkpoint of this train.py ({why}); train anew") from error
+
+
+def load_checkpoint(path):
+    """Return the averaged model, in evaluation mode on the CPU, and the whole checkpoint."""
+    checkpoint = read_checkpoint(path)
+    try:
+        model = ClusterFormer(**checkpoint["arguments"])
+        model.load_state_dict(checkpoint["ema"])
+    except (TypeError, ValueError, RuntimeError) as error:  # weights that do not fit: a line for each
         why = str(error)[:99] if isinstance(error, ValueError) else type(error).__name__
         raise InputError(f"{path}: not a whole checkpoint of this train.py ({why}); train anew") from error
     return model.eval(), checkpoint
@@ -570,8 +582,13 @@ def draw(model, classes, names, read, out, clusters, chosen, device):
     stems, made_here = picture_stems(names, out, kinds), PngInfo()
     os.makedirs(out, exist_ok=True)
     made_here.add_text("Software", SOFTWARE)
+    drawn = 0
     for i in tqdm(range(len(names)), "draw", leave=False, disable=None):
-        image, size = read(i)
+        try:
+            image, size = read(i)
+        except InputError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
         image = image.to(device)
         (prediction,) = model.predict([image], [size])
         sheets = [[prediction_panels(prediction, classes, model.task, image, size)]]
@@ -581,21 +598,21 @@ def draw(model, classes, names, read, out, clusters, chosen, device):
             sheets.append(explanation_panels(model, image, classes, [classes.index(x) for x in chosen]))
         for kind, rows in zip(kinds, sheets):
             sheet(rows).save(os.path.join(out, f"{stems[i]}{kind}.png"), pnginfo=made_here)
-    print(f"{len(names)} images drawn in {out}")
+        drawn += 1
+    print(f"{drawn} images drawn in {out}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 def parse_arguments():
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=kind)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a last.pt or best.pt of train.py")
     add("--data", metavar="DIR", help="its validation images are used (default: the training data's)")
-    add("--image-size", type=int, help="pixels per side, or of the short side (default: as in training)")
-    add("--batch-size", type=int, help="images per step and process (default: cls 128, others 8)")
-    add("--workers", type=int, help="loader processes per process (default: spare cores, at most 16)")
+    add("--image-size", type=number(int, 32), help="pixels per side, or of the short side (default: as in training)")
+    add("--batch-size", type=number(int, 1), help="images per step and process (default: cls 128, others 8)")
+    add("--workers", type=number(int, 0), help="loader processes per process (default: spare cores)")
     add("--json", metavar="FILE", help="also write metrics, as fractions of 1, to FILE, a new one")
     add("--per-class", action="store_true", help="also print AP, IoU or PQ per class; not for cls")
     formats = "det, inst, pan: write predictions in COCO's format to a new .json FILE, for pan also PNGs to the "
@@ -610,10 +627,6 @@ def parse_arguments():
     add("--out", metavar="DIR", default="pictures", help=out)
     args = parser.parse_args()
     args.draw = args.images is not None or args.clusters or args.explain is not None
-    for name, least in dict(batch_size=1, workers=0, image_size=32).items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and value < least:
-            raise InputError(f"{flag} must be at least {least}, got {value}")
     return args
 
 
@@ -666,7 +679,7 @@ def main():
         print_metrics(result, task)
         if args.json:
             with open(args.json, "w") as file:
-                json.dump(result, file, indent=2)
+                file.write(to_json(result, indent=2))
 
 
 if __name__ == "__main__":

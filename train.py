@@ -25,7 +25,6 @@ CPU it ends with the weights of a run that was never stopped.
 import argparse
 import contextlib
 import copy
-import json
 import math
 import os
 import signal
@@ -42,8 +41,8 @@ from tqdm import tqdm
 
 from clusterformer import TASKS, VARIANTS, VERSION, ClusterFormer
 from data import GlobalBatches, InputError, Parser, SkipBroken, as_float, batches_of, count_images
-from data import default_workers, in_one_line, make_dataset, mix, stacked, start_processes
-from eval import METRIC, describe, evaluate, load_checkpoint
+from data import default_workers, in_one_line, make_dataset, mix, number, stacked, start_processes, to_json
+from eval import METRIC, describe, evaluate, read_checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # Recipes.  Every key is a flag
@@ -109,20 +108,6 @@ SCHEDULES = {
 }
 
 
-def number(kind, least, below=math.inf):
-    """A type for argparse: least <= value < below."""
-
-    def read(text):
-        value = kind(text)
-        if not least <= value < below:  # NaN fails, too
-            limit = f" and below {below}" * (below < math.inf)
-            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, got {text}")
-        return value
-
-    read.__name__ = "number"
-    return read
-
-
 def make_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -133,7 +118,7 @@ def make_parser():
     add("--init", metavar="FILE", help="checkpoint whose weights are loaded where they fit")
     add("--resume", action="store_true", help="continue from OUT/last.pt, with its settings, if it exists")
     add("--checkpoint-every", type=real(0), default=10.0, help="minutes between checkpoints (default: 10)")
-    add("--seed", type=whole(0), default=0, help="of initial weights, order and augmentation (default: 0)")
+    add("--seed", type=whole(0, 2**63), default=0, help="of initial weights, order and augmentation (default: 0)")
     add("--workers", type=whole(0), help="loader processes per process (default: spare cores, at most 16)")
     add("--accumulate", type=whole(1), default=1, help="passes per step, to save memory (default: 1)")
     add("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
@@ -168,13 +153,18 @@ def parse_settings():
     """Settings: flags, else those of the run that is resumed, of --init, and of the recipe."""
     parser = make_parser()
     given = parser.parse_args()
+    if "" in (given.data, given.out, given.init):
+        raise InputError("--data, --out and --init need a name that is not empty")
     last = os.path.join(given.out or os.path.join("runs", given.task), "last.pt")
+    best = os.path.join(os.path.dirname(last), "best.pt")
+    if os.path.exists(best) and not os.path.exists(last):
+        raise InputError(f"{best} is there without last.pt, and would be replaced; give another --out")
     if os.path.exists(last):
         if not given.resume:
             raise InputError(f"{last} exists: --resume continues that run, --out DIR starts another")
-        parser.set_defaults(**load_checkpoint(last)[1]["settings"])
+        parser.set_defaults(**read_checkpoint(last)["settings"])
     else:
-        theirs = load_checkpoint(given.init)[1]["arguments"] if given.init else {}
+        theirs = read_checkpoint(given.init)["arguments"] if given.init else {}
         theirs = {name: theirs[name] for name in ("variant", "patch_size", "iterations") if name in theirs}
         count = count_images(given.task, given.data, SMALL) if given.data else SMALL
         recipe = recipe_of(given.task, given.data, count, given.patch_size or theirs.get("patch_size", 4))
@@ -215,7 +205,7 @@ def check_settings(settings, given):
 # --------------------------------------------------------------------------------------------------
 def take_weights(model, path):
     """Load the averaged weights that fit by name and shape.  Returns the names of the model's others."""
-    theirs, ours = load_checkpoint(path)[1]["ema"], model.state_dict()
+    theirs, ours = read_checkpoint(path)["ema"], model.state_dict()
     fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
     if not any(name.startswith("backbone.stages") for name in fitting):
         raise InputError(f"{path}: its backbone does not fit; give the --variant it was trained with")
@@ -258,6 +248,7 @@ def save(path, write):
     """
     part = path + ".part"
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(part, "wb") as file:
             write(file)
             file.flush()
@@ -272,8 +263,8 @@ def save(path, write):
 
 def on_signals(action):
     """Call action(exit code) on SIGTERM (schedulers, torchrun) and on SIGINT (Ctrl-C)."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: action(128 + number))
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda kind, frame: action(128 + kind))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +298,7 @@ class Run:
         )
         checkpoint, new = None, []
         if settings.resume and os.path.exists(self.last):
-            checkpoint = self.same_run(load_checkpoint(self.last)[1])
+            checkpoint = self.same_run(read_checkpoint(self.last))
             self.model.load_state_dict(checkpoint["model"])
             self.step, self.log, self.sums = (checkpoint[name] for name in ("step", "log", "sums"))
         elif settings.init:
@@ -325,7 +316,6 @@ class Run:
             gpu = [device.index] if device.type == "cuda" else None
             self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
-            os.makedirs(settings.out, exist_ok=True)
             self.introduce(new)
 
     def same_run(self, checkpoint):
@@ -344,6 +334,8 @@ class Run:
     def introduce(self, new):
         settings, size = self.settings, sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
         print(f"training data: {self.train.summary()}\nvalidation data: {self.val.summary()}")
+        if settings.resume and not self.step:
+            print(f"{self.last} is not there yet: this is a new run")
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(settings).items()))
         steps = f"after step {self.step} of {self.steps} steps" if self.step else f"{self.steps} steps"
         print(f"{size:.1f} M parameters, {steps} on {self.world_size} x {self.device.type}")
@@ -467,8 +459,8 @@ class Run:
         if self.rank:
             return
         if metrics:
-            self.write_text("metrics.json", json.dumps(metrics, indent=2))
-        self.write_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
+            self.write_text("metrics.json", to_json(metrics, indent=2))
+        self.write_text("log.jsonl", "".join(to_json(line) + "\n" for line in self.log))
         if improved:
             self.write_checkpoint("best.pt")
         self.write_checkpoint("last.pt")  # comes last: a run killed before it repeats all of this
@@ -480,6 +472,8 @@ class Run:
         """The remaining steps.  stream: chunks of this process, in order."""
         settings, start, start_step, saved = self.settings, time.time(), self.step, time.time()
         on_signals(self.stop_signals.append)  # the current step is finished first
+        if self.rank == 0:  # can it be written?
+            self.write_text("log.jsonl", "".join(to_json(line) + "\n" for line in self.log))
         with tqdm(total=self.steps, initial=self.step, disable=True if self.rank else None) as bar:
             while True:
                 seconds = max(time.time() - start, 1e-9)
