@@ -873,9 +873,11 @@ def test_a_global_batch_is_the_same_however_it_is_split():
 
 def test_mixing_is_a_function_of_seed_and_step():
     pixels, labels = torch.rand(12, 3, 8, 8), torch.arange(12) % 7
-    images, targets = data.mix(pixels, labels, 7, 0.8, 1.0, 5, 3)
-    assert torch.equal(images, data.mix(pixels, labels, 7, 0.8, 1.0, 5, 3)[0]) and not torch.equal(images, pixels)
-    torch.testing.assert_close(targets.sum(1), torch.ones(12))
+    mixed = [data.mix(pixels.clone(), labels, 7, 0.8, 1.0, 5, step) for step in (*range(6), 3)]
+    assert torch.equal(mixed[3][0], mixed[-1][0]) and torch.equal(mixed[3][1], mixed[-1][1])
+    assert sum(torch.equal(images, pixels) for images, _ in mixed[:6]) < 3  # a cut may be smaller than a pixel
+    for _, targets in mixed:
+        torch.testing.assert_close(targets.sum(1), torch.ones(12))
 
 
 def write_images(root, split, classes, count=3, size=(40, 50)):
