@@ -613,7 +613,9 @@ class Coco(Dense):
             self.folder, self.path = os.path.dirname(export), export
         takes = f"DIR/{split}2017/ and, for --task {task}, DIR/annotations/{kind}.json"
         takes += f" and {kind}/*.png" if task == "pan" else f", or with {export} and images"
-        need(root, self.folder, self.path, *[self.maps][: task == "pan"], takes=takes)
+        need(root, self.folder, self.path, takes=takes)
+        if task == "pan":
+            need(self.maps, takes=takes)
         images, annotations = self.read(classes)
         label = {number: i for i, number in enumerate(self.categories)}
         entries = {number: [] for number in images}
@@ -631,7 +633,7 @@ class Coco(Dense):
 
         Raises InputError with the first entry that lacks something, or has something of another kind.
         """
-        where, images, numbers = "", {}, {}
+        where, images, known = "", {}, set()
         try:
             with open(self.path, "rb") as file:
                 content = json.load(file)
@@ -646,11 +648,10 @@ class Coco(Dense):
                 images[x["id"]] = x
             for i, x in enumerate(content["categories"]):
                 where = f"categories[{i}]"
-                expect(isinstance(x["id"], int), "ids must be whole numbers")
-                expect(x["name"] not in numbers, "names must be different")
-                numbers[x["name"]], x["isthing"] = x["id"], x.get("isthing", 1)
-            kept, known = [], {*numbers.values()}
-            self.counts = Counter(images=len(images))
+                good = isinstance(x["id"], int) and isinstance(x["name"], str) and x["id"] not in known
+                expect(good, "ids must be different whole numbers, with names")
+                known.add(x["id"])
+            kept, self.counts = [], Counter(images=len(images))
             for i, x in enumerate(content["annotations"]):
                 where = f"annotations[{i}]"
                 size = images[x["image_id"]]["height"], images[x["image_id"]]["width"]
@@ -676,16 +677,20 @@ class Coco(Dense):
         if not used or self.task != "pan" and max(max(x["bbox"]) for x in annotations) <= 1:
             what = "write them in pixels" if used else "annotate something"
             raise InputError(f"{self.path}: it has no bbox of more than a pixel; {what}")
-        # Some tools add a category 0, which stands for all and has no objects.
-        rows = [x for x in rows if x["id"] or 0 in used or x["name"] in (classes or ())]
+        # Some tools add a category 0, which stands for all, may have the name of another, and has no objects.
+        others = [x["name"] for x in rows if x["id"] != 0]
+        wanted = lambda x: x["name"] in (classes or ()) and x["name"] not in others
+        rows = [x for x in rows if x["id"] != 0 or 0 in used or wanted(x)]
         of_name = {x["name"]: x for x in sorted(rows, key=lambda x: x["id"])}
+        if len(of_name) < len(rows):
+            raise InputError(f"{self.path}: two categories have the same name; rename one of them")
         self.classes = list(classes or of_name)
         wrong = sorted({*self.classes} ^ of_name.keys())
         if wrong:
             what = f"category {wrong[0]!r} is in the file or the model only"
             raise InputError(f"{self.path}: {what}; name all as in training")
         self.categories = [of_name[name]["id"] for name in self.classes]
-        self.things = [of_name[name]["isthing"] == 1 for name in self.classes]
+        self.things = [of_name[name].get("isthing", 1) == 1 for name in self.classes]
 
     def coco(self):
         """The annotations, including crowds, as pycocotools' COCO object."""

@@ -1177,7 +1177,7 @@ WRONG = [  # task, damage, part of the message
     ("inst", entry("images", 1, width="60"), "images[1]: "),
     ("inst", entry("images", 1, id="5"), "images[1]: ids must be different whole numbers"),
     ("inst", entry("images", 1, id=5), "images[1]: ids must be different whole numbers"),
-    ("inst", entry("categories", 1, name="kite"), "categories[1]: names must be different"),
+    ("inst", entry("categories", 1, name="kite"), "two categories have the same name"),
     ("inst", picture("train2017/a.png", "RGB"), "a.png: 90 x 60 pixels"),
     ("inst", lambda root: Image.new("I;16", (60, 40)).save(root / "train2017" / "a.png"), "not 8 bits a channel"),
     ("pan", lambda root: (root / PAN_MAP).parent.rename(root / "x"), "panoptic_train2017"),
@@ -1237,7 +1237,7 @@ def test_annotations_mean_the_same_in_training_and_evaluation(tmp_path, change, 
     assert metrics["mask_AP"] == pytest.approx(1) and metrics["box_AP50"] == pytest.approx(1)
 
 
-def write_export(root):
+def write_export(root, for_all):
     """write_coco() as labeling tools export it: with an unused category 0, and other ids in validation."""
     write_coco(root)
     for split, place in (("train", "train"), ("val", "valid")):
@@ -1248,13 +1248,13 @@ def write_export(root):
             content["categories"] = [dict(id=1, name="kite"), dict(id=2, name="boat")]
             for e in content["annotations"]:
                 e["category_id"] = {90: 1, 7: 2}[e["category_id"]]
-        content["categories"].insert(0, dict(id=0, name="things", supercategory="none"))
+        content["categories"].insert(0, dict(id=0, name=for_all, supercategory="none"))
         path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("task", ["det", "inst"])
-def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_path, task):
-    write_export(tmp_path)
+@pytest.mark.parametrize("task, for_all", [("det", "things"), ("inst", "things"), ("inst", "boat")])
+def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_path, task, for_all):
+    write_export(tmp_path, for_all)
     train_set, val_set = read_both(tmp_path, task)
     assert train_set.classes == val_set.classes == ["boat", "kite"]
     assert train_set.categories == [7, 90] and val_set.categories == [2, 1]

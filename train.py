@@ -336,7 +336,8 @@ class Run:
         print(f"training data: {self.train.summary()}\nvalidation data: {self.val.summary()}")
         if settings.resume and not self.step:
             print(f"{self.last} is not there yet: this is a new run")
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(settings).items()))
+        given = {name: value for name, value in vars(settings).items() if value is not None and value is not False}
+        print(*(f"--{name.replace('_', '-')} {value}" for name, value in given.items()))
         steps = f"after step {self.step} of {self.steps} steps" if self.step else f"{self.steps} steps"
         print(f"{size:.1f} M parameters, {steps} on {self.world_size} x {self.device.type}")
         if new:
