@@ -24,7 +24,6 @@ import pickle
 import re
 import signal
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -49,6 +48,11 @@ class InputError(ValueError):
     """A problem with the user's files or flags: one line with what is wrong, where, and the fix."""
 
 
+def expect(good, what):
+    if not good:
+        raise InputError(what)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -58,11 +62,9 @@ def number(kind, least, below=math.inf):
     """A type for argparse: least <= value < below."""
 
     def read(text):
-        value = kind(text)
-        if not least <= value < below:  # NaN fails, too
-            limit = f" and below {below}" * (below < math.inf)
-            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, got {text}")
-        return value
+        if least <= kind(text) < below:  # NaN is refused, too
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"must be at least {least} and below {below}, got {text}")
 
     read.__name__ = "number"
     return read
@@ -96,8 +98,7 @@ def start_processes():
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise InputError(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
+        expect(local_rank < gpus, f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
@@ -233,20 +234,20 @@ def indexed(**tables):
 class Shapes(Dataset):
     """Scenes drawn from (seed, epoch, index); validation scenes depend only on the index."""
 
+    note = ""
+
     def __init__(self, length, size, seed, split, task="cls"):
-        self.length, self.size, self.seed, self.split, self.task = length, size, seed, split, task
+        self.size, self.seed, self.split, self.task = size, seed, split, task
+        self.images = [(f"scene {index}", index, None) for index in range(length)]
         self.classes = [*THINGS, *(STUFF if task in ("sem", "pan") else ())]
         self.things = [name in THINGS for name in self.classes]
         self.categories = list(range(1, len(self.classes) + 1))
 
     def __len__(self):
-        return self.length
+        return len(self.images)
 
     def name(self, index):
-        return f"scene {index}"
-
-    def summary(self):
-        return f"{len(self)} scenes of shapes, {len(self.classes)} classes"
+        return self.images[index][0]
 
     def scene(self, epoch, index):
         """Image, uint8 (3, size, size), list of (class, mask: bool (size, size)), and label (cls)."""
@@ -365,52 +366,44 @@ def eval_transform(size):
     return v2.Compose([resize, v2.CenterCrop(size), v2.ToImage(), v2.ToPureTensor()])
 
 
-
-def need(*paths, takes):
+def need(*paths):
     """Raise InputError if a file or folder of a data set is missing."""
     for path in paths:
-        if not os.path.exists(path):
-            raise InputError(f"{path}: no such file or folder; --data takes DIR with {takes}")
+        expect(os.path.exists(path), f"{path}: no such file or folder; README.md shows the layouts of --data")
 
 
 def folder_of(root, split):
     """DIR/train, or DIR/val, or DIR/valid if there is no DIR/val."""
-    path = os.path.join(root, split)
-    other = os.path.join(root, "valid")
+    path, other = os.path.join(root, split), os.path.join(root, "valid")
     return other if split == "val" and not os.path.isdir(path) and os.path.isdir(other) else path
 
 
 class Folder(Dataset):
     """DIR/<split>/<class>/*.jpg.  classes: list of names in order of their labels; None: as found."""
 
+    things, note = None, ""
+
     def __init__(self, root, split, transform, seed=0, classes=None):
         folder = folder_of(root, split)
-        need(root, folder, takes="DIR/train/<class>/ and DIR/val/<class>/")
-        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith("."))
-        self.classes = list(classes or found)
+        need(root, folder)
+        found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
+        self.classes, self.transform, self.seed = classes or found, transform, seed
         unknown = [name for name in found if name not in self.classes]
-        if unknown:
-            names = f"{', '.join(unknown[:5])}; rename or remove them"
-            raise InputError(f"{folder}: {len(unknown)} classes that the model is not trained for: {names}")
+        expect(found and not unknown, f"{folder}: class folders {unknown[:5]} are no classes of the model; rename them")
         labels = {name: self.classes.index(name) for name in found}
         shown = lambda path: image_folder.is_image_file(path) and "/." not in path[len(folder) :]
         try:
             samples = image_folder.make_dataset(folder, labels, is_valid_file=shown)
-        except (FileNotFoundError, ValueError) as error:  # a class without images, or no class
-            what = str(error).strip(" .").replace("\n", " ") if found else "no class folder in it"
-            raise InputError(f"{folder}: {what}; put images into a folder for each class") from error
+        except FileNotFoundError as error:
+            raise InputError(f"{folder}: {str(error).strip(' .')}; remove it, or add some") from error
         self.paths = np.array([os.fsencode(path) for path, _ in samples])  # an array: see Packed
         self.labels = np.array([label for _, label in samples])
-        self.transform, self.seed = transform, seed
 
     def __len__(self):
         return len(self.paths)
 
     def name(self, index):
         return os.fsdecode(self.paths[index])
-
-    def summary(self):
-        return f"{len(self)} images, {len(self.classes)} classes"
 
     def __getitem__(self, key):
         """key: (epoch, index).  Returns the image, uint8 (3, size, size), and its label, an int."""
@@ -451,38 +444,37 @@ def dense_eval_transform(task, size):
     return v2.Resize(size, max_size=4 * size if task == "sem" else size * 1333 // 800)
 
 
+def read_photo(path, task, size):
+    """An image file as evaluation sees it: uint8 (3, H, W)."""
+    image = load_image(path)
+    if task == "cls":
+        return eval_transform(size)(image)
+    return dense_eval_transform(task, size)(functional.pil_to_tensor(image))
+
+
 def training_sample(image, labels, boxes, masks, transform):
     """Augment an image and its target.
 
-    image: tv_tensors.Image.  labels: n ints.  boxes: n lists xyxy in pixels, or None if there are masks.
-    masks: bool (n, H, W); or a map (H, W) from numbered(), if they do not overlap, because one map is
-    faster to transform than n masks; or None.  Returns image and target: see Dense.
+    image: tv_tensors.Image.  labels: n classes.  boxes: n lists xyxy in pixels, or None if there are masks.
+    masks: bool (n, H, W), or None; or, which is faster where masks do not overlap, a map (H, W) of
+    numbers.  Then labels is a dictionary, number -> class, and what has another number is void.
+    Returns image and target: see Dense.
     """
-    parts = dict(labels=torch.tensor(list(labels), dtype=torch.int64))
+    parts = {}
     if masks is None:
         corners = torch.tensor(boxes).float().view(-1, 4)
         parts["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=image.shape[-2:])
     else:  # resizing bool converts it to float, which is nine times slower than uint8
         parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
-    labels = parts["labels"]
-    if masks is not None:
-        map_or_masks = parts["masks"].as_subclass(torch.Tensor)
-        if masks.ndim == 2:
-            present = map_or_masks.flatten().bincount(minlength=1)[1:].nonzero()[:, 0]  # unique() would sort
-            labels, masks = labels[present], map_or_masks == (present + 1).view(-1, 1, 1)
-        else:
-            masks = map_or_masks.bool()
+    if isinstance(labels, dict):
+        numbers = [number for number in parts["masks"].unique().tolist() if number in labels]
+        labels, masks = [labels[i] for i in numbers], parts["masks"] == torch.tensor(numbers)[:, None, None]
+    elif masks is not None:
+        masks = parts["masks"].bool()
+    labels = torch.tensor(labels, dtype=torch.int64)
     target = target_of(labels, parts.get("boxes"), masks, tuple(image.shape[-2:]))
     return image.as_subclass(torch.Tensor), target
-
-
-def numbered(values, numbers):
-    """A map (H, W) that holds k where `values` is numbers[k - 1], and 0 elsewhere."""
-    numbers, order = torch.tensor([-2, *numbers]).sort()  # -2 is never in a map
-    found = torch.searchsorted(numbers, values).clamp(max=len(numbers) - 1)
-    found = torch.where(numbers[found] == values, order[found], 0)
-    return found.to(torch.uint8 if len(numbers) <= 256 else torch.int32)  # resizing keeps both exact
 
 
 def target_of(labels, boxes, masks, size):
@@ -521,10 +513,11 @@ class Dense(Dataset):
         return os.path.join(self.folder, self.images[index][0])
 
     def __getitem__(self, key):
-        image = tv_tensors.Image(functional.pil_to_tensor(load_image(self.name(key[1]))))
+        path = self.name(key[1])
+        image = tv_tensors.Image(functional.pil_to_tensor(load_image(path)))
         size = tuple(image.shape[-2:])
-        if max(size) > 100 * min(size):  # resized to the usual sizes, no pixel would be left
-            raise InputError(f"{self.name(key[1])}: {size[1]} x {size[0]} pixels are too thin; remove it")
+        # Resized to the usual sizes, no pixel would be left.
+        expect(max(size) <= 100 * min(size), f"{path}: {size[1]} x {size[0]} pixels are too thin; remove it")
         target = self.truth(key[1], size)
         if self.split == "val":
             return self.transform(image).as_subclass(torch.Tensor), dict(index=key[1], size=size)
@@ -534,9 +527,8 @@ class Dense(Dataset):
 
 def need_size(path, size, other, whose):
     """Raise InputError unless two sizes (H, W) are equal."""
-    if tuple(size) != tuple(other):
-        sides = f"{size[1]} x {size[0]} pixels upright, {whose} has {other[1]} x {other[0]}"
-        raise InputError(f"{path}: {sides}; correct or remove one")
+    sides = f"{size[1]} x {size[0]} pixels upright, {whose} has {other[1]} x {other[0]}"
+    expect(tuple(size) == tuple(other), f"{path}: {sides}; correct or remove one")
 
 
 class Packed:
@@ -558,17 +550,6 @@ class Packed:
         return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]])
 
 
-def expect(good, what):
-    if not good:
-        raise ValueError(what)
-
-
-def fits(rle, pixels):
-    """Whether run lengths end within so many pixels; if not, pycocotools raises ValueError."""
-    with contextlib.suppress(ValueError):
-        return mask_utils.decode(dict(size=[1, pixels], counts=rle["counts"])) is not None
-
-
 def run_lengths_of(mask, size):
     """Polygons, or run lengths as numbers or text, as run lengths in text; None if they are empty.
 
@@ -583,10 +564,25 @@ def run_lengths_of(mask, size):
     else:
         expect(list(mask["size"]) == list(size), f"the size of its run lengths is not {[*size]}")
         rle = mask_utils.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else dict(mask)
-        # If runs end too early, pycocotools would return what was in memory.
-        whole = fits(rle, math.prod(size)) and not fits(rle, math.prod(size) - 1)
-        expect(whole, "its run lengths do not add up to its size")
+        # Runs that end too late raise ValueError; those that end too early leave what was in memory.
+        expect(mask_utils.decode(rle).sum() == mask_utils.area(rle), "its run lengths end too early")
     return rle if rle and mask_utils.area(rle) else None
+
+
+def has_area(x, size, task):
+    """Whether an object in an image of size (H, W) has an area and, for inst, a mask.
+
+    Sets `box`, xyxy within the image, `segmentation`, run lengths or None, and `area`.
+    """
+    left, top, width, height = x["bbox"]
+    expect(math.isfinite(left + top + width + height), "bbox must be four numbers")
+    x["box"] = [max(left, 0), max(top, 0), min(left + width, size[1]), min(top + height, size[0])]
+    masked = x.get("segmentation") and (task == "inst" or x.get("area") is None)
+    rle = x["segmentation"] = run_lengths_of(x["segmentation"], size) if masked else None
+    if x.get("area") is None:
+        x["area"] = float(mask_utils.area(rle)) if rle else width * height
+    expect(0 <= x["area"] < math.inf, "area must be a number")
+    return x["box"][2] > x["box"][0] and x["box"][3] > x["box"][1] and (task == "det" or rle is not None)
 
 
 class Coco(Dense):
@@ -608,156 +604,111 @@ class Coco(Dense):
         self.path = self.maps + ".json"
         export = os.path.join(folder_of(root, split), "_annotations.coco.json")
         if task != "pan" and os.path.exists(export):
-            if os.path.exists(self.path):
-                raise InputError(f"{root}: {export} and {self.path} are both there; keep one of them")
             self.folder, self.path = os.path.dirname(export), export
-        takes = f"DIR/{split}2017/ and, for --task {task}, DIR/annotations/{kind}.json"
-        takes += f" and {kind}/*.png" if task == "pan" else f", or with {export} and images"
-        need(root, self.folder, self.path, takes=takes)
-        if task == "pan":
-            need(self.maps, takes=takes)
+        need(root, self.folder, self.path, *[self.maps] * (task == "pan"))
         images, annotations = self.read(classes)
-        label = {number: i for i, number in enumerate(self.categories)}
         entries = {number: [] for number in images}
-        for x in annotations:
-            if task == "pan":
-                entries[x["image_id"]].append((x["file_name"], x["segments_info"]))
-            elif not x["iscrowd"]:
-                entries[x["image_id"]].append((label[x["category_id"]], x["box"], x["segmentation"]))
+        for number, x in enumerate(annotations, 1):
+            x["id"] = number  # pycocotools reads a match with id 0 as no match
+            if task == "pan" or not x["iscrowd"]:
+                entries[x["image_id"]].append(x)
         rows = [images[number] for number in sorted(images)]
         self.images = Packed((x["file_name"], x["id"], (x["height"], x["width"])) for x in rows)
         self.entries = Packed(entries[x["id"]] for x in rows)
+        self.note = f"; not used: {self.crowds} crowds and {self.dropped} objects without area or mask"
+        self.tables = dict(images=rows, annotations=annotations) if split == "val" else None
 
     def read(self, classes):
-        """Images by id, and annotations, of the file.  Sets classes, things, categories and counts.
+        """Images by id, and annotations, of the file.  Sets what choose_classes sets, crowds and dropped.
 
         Raises InputError with the first entry that lacks something, or has something of another kind.
         """
-        where, images, known = "", {}, set()
+        where, images, used = "no COCO file", {}, set()
         try:
             with open(self.path, "rb") as file:
                 content = json.load(file)
             there = {*os.listdir(self.folder)}
             for i, x in enumerate(content["images"]):
-                where, name = f"images[{i}]", x["file_name"]
-                good = isinstance(x["id"], int) and x["id"] not in images
-                expect(good, "ids must be different whole numbers")
+                where = f"images[{i}]"
+                expect(type(x["id"]) is int and x["id"] not in images, "ids must be different whole numbers")
                 expect(min(x["height"], x["width"]) > 0, "height and width must be positive")
-                here = name in there or "/" in name and os.path.exists(os.path.join(self.folder, name))
-                expect(here, f"{name} is not in {self.folder}")
+                expect(x["file_name"] in there, f"{x['file_name']} is not in {self.folder}")
                 images[x["id"]] = x
-            for i, x in enumerate(content["categories"]):
-                where = f"categories[{i}]"
-                good = isinstance(x["id"], int) and isinstance(x["name"], str) and x["id"] not in known
-                expect(good, "ids must be different whole numbers, with names")
-                known.add(x["id"])
-            kept, self.counts = [], Counter(images=len(images))
+            where, known = "categories", {x["id"] for x in content["categories"] if type(x["id"]) is int}
+            expect(len(known) == len(content["categories"]), "ids must be different whole numbers")
+            maps = {*os.listdir(self.maps)} if self.task == "pan" else None
+            kept, self.crowds, self.dropped = [], 0, 0
             for i, x in enumerate(content["annotations"]):
-                where = f"annotations[{i}]"
+                where, parts = f"annotations[{i}]", [x]
                 size = images[x["image_id"]]["height"], images[x["image_id"]]["width"]
-                for part in x["segments_info"] if self.task == "pan" else [x]:
+                if self.task == "pan":
+                    parts = x["segments_info"]
+                    expect(x["file_name"] in maps, f"{x['file_name']} is not in {self.maps}")
+                    expect(len({part["id"] for part in parts}) == len(parts), "two segments have the same id")
+                for part in parts:
                     expect(part["category_id"] in known, f"there is no category {part['category_id']}")
                     part["iscrowd"] = part.get("iscrowd") or 0
                     expect(part["iscrowd"] in (0, 1), "iscrowd must be 0 or 1")
-                    self.counts["crowds" if part["iscrowd"] else "objects"] += 1
-                good = is_segmented(x) if self.task == "pan" else has_area(x, size, self.task)
-                self.counts["dropped"] += not good
-                kept += [x] if good else []
+                    used.add(part["category_id"])
+                    self.crowds += part["iscrowd"]
+                if self.task == "pan" or has_area(x, size, self.task):
+                    kept.append(x)
+                else:
+                    self.dropped += 1
+            self.choose_classes(content["categories"], used, classes)
         except (OSError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            where = where or "no COCO file"
             raise InputError(f"{self.path}: {where}: {what}; correct or remove it") from error
-        self.choose_classes(content["categories"], kept, classes)
+        large = self.task == "pan" or any(max(x["bbox"]) > 1 for x in kept)
+        expect(kept and large, f"{self.path}: it has no bbox of more than a pixel; annotate in pixels")
         return images, kept
 
-    def choose_classes(self, rows, annotations, classes):
+    def choose_classes(self, rows, used, classes):
         """Categories in the order of their ids, or of the model's classes, which must be the same."""
-        parts = [part for x in annotations for part in x.get("segments_info", [x])]
-        used = {part["category_id"] for part in parts}
-        if not used or self.task != "pan" and max(max(x["bbox"]) for x in annotations) <= 1:
-            what = "write them in pixels" if used else "annotate something"
-            raise InputError(f"{self.path}: it has no bbox of more than a pixel; {what}")
         # Some tools add a category 0, which stands for all, may have the name of another, and has no objects.
         others = [x["name"] for x in rows if x["id"] != 0]
-        wanted = lambda x: x["name"] in (classes or ()) and x["name"] not in others
-        rows = [x for x in rows if x["id"] != 0 or 0 in used or wanted(x)]
+        model_has = lambda name: name in (classes or ()) and name not in others
+        rows = [x for x in rows if x["id"] != 0 or 0 in used or model_has(x["name"])]
         of_name = {x["name"]: x for x in sorted(rows, key=lambda x: x["id"])}
-        if len(of_name) < len(rows):
-            raise InputError(f"{self.path}: two categories have the same name; rename one of them")
+        expect(len(of_name) == len(rows), "two categories have the same name")
         self.classes = list(classes or of_name)
         wrong = sorted({*self.classes} ^ of_name.keys())
-        if wrong:
-            what = f"category {wrong[0]!r} is in the file or the model only"
-            raise InputError(f"{self.path}: {what}; name all as in training")
+        expect(not wrong, f"category {wrong[:1]} is in the file or the model only")
         self.categories = [of_name[name]["id"] for name in self.classes]
         self.things = [of_name[name].get("isthing", 1) == 1 for name in self.classes]
 
     def coco(self):
         """The annotations, including crowds, as pycocotools' COCO object."""
-        images, annotations = self.read(self.classes)
-        for number, x in enumerate(annotations, 1):
-            x["id"] = number  # pycocotools reads a match with id 0 as no match
         categories = [dict(id=i, name=name) for i, name in zip(self.categories, self.classes)]
-        return indexed(images=[*images.values()], annotations=annotations, categories=categories)
+        return indexed(**self.tables, categories=categories)
 
     def segments(self, index):
         """The panoptic map: ids, int64 (H, W), 0 for void, and a dictionary per segment."""
         (name, _, size), found = self.images[index], self.entries[index]
-        if len(found) != 1:
-            raise InputError(f"{self.path}: {name} has {len(found)} annotations; leave one")
-        path, segments = os.path.join(self.maps, found[0][0]), found[0][1]
-        ids = np.asarray(load_image(path)) @ np.array([1, 256, 256**2])  # (H, W)
+        expect(len(found) == 1, f"{self.path}: {name} has {len(found)} annotations; leave one")
+        path, table = os.path.join(self.maps, found[0]["file_name"]), found[0]["segments_info"]
+        ids = torch.from_numpy(np.asarray(load_image(path)) @ np.array([1, 256, 256**2]))  # (H, W)
         need_size(path, ids.shape, size, name)
-        unknown = ids[~np.isin(ids, [0, *(segment["id"] for segment in segments)])]
-        if len(unknown):
-            raise InputError(f"{path}: segment {unknown[0]} has no entry in {self.path}; add one")
-        return torch.from_numpy(ids), segments
+        unknown = {*ids.unique().tolist()} - {0, *(segment["id"] for segment in table)}
+        expect(not unknown, f"{path}: segments {[*unknown][:3]} have no entries in {self.path}; add them")
+        return ids, table
 
     def truth(self, index, size):
         """Labels, boxes and masks of an image of this size, for training_sample."""
         need_size(self.name(index), size, self.images[index][2], self.path)
         if self.split == "val":
             return None
+        label_of = {category: label for label, category in enumerate(self.categories)}
         if self.task == "pan":
-            ids, segments = self.segments(index)
-            segments = [segment for segment in segments if not segment["iscrowd"]]
-            labels = [self.categories.index(segment["category_id"]) for segment in segments]
-            return labels, None, numbered(ids, [segment["id"] for segment in segments])
-        labels, boxes, rles = zip(*self.entries[index]) if self.entries[index] else ([], [], [])
+            ids, table = self.segments(index)
+            return {x["id"]: label_of[x["category_id"]] for x in table if not x["iscrowd"]}, None, ids.int()
+        found = self.entries[index]
+        labels = [label_of[x["category_id"]] for x in found]
         if self.task == "det":
-            return labels, boxes, None
-        masks = mask_utils.decode(list(rles)) if rles else np.zeros((*size, 0))  # (H, W, n)
+            return labels, [x["box"] for x in found], None
+        rles = [x["segmentation"] for x in found]
+        masks = mask_utils.decode(rles) if rles else np.zeros((*size, 0))  # (H, W, n)
         return labels, None, torch.from_numpy(masks).permute(2, 0, 1).bool().contiguous()
-
-    def summary(self):
-        counts = ", ".join(f"{self.counts[name]} {name}" for name in ("images", "objects"))
-        unused = f"{self.counts['crowds']} crowds and {self.counts['dropped']} objects without area or mask"
-        return f"{counts}, {len(self.classes)} classes; not used: {unused}"
-
-
-def is_segmented(x):
-    """Whether a panoptic annotation is usable.  Raises ValueError if not."""
-    numbers = [segment["id"] for segment in x["segments_info"]]
-    good = all(isinstance(i, int) and i > 0 for i in numbers)
-    expect(good, "ids of segments must be positive whole numbers")
-    expect(len({*numbers}) == len(numbers), "two segments have the same id")
-    return isinstance(x["file_name"], str)
-
-
-def has_area(x, size, task):
-    """Whether an object in an image of size (H, W) has an area and, for inst, a mask.
-
-    Sets `box`, xyxy within the image, `segmentation`, run lengths or None, and `area`.
-    """
-    left, top, width, height = x["bbox"]
-    expect(math.isfinite(left + top + width + height), "bbox must be four numbers")
-    x["box"] = [max(left, 0), max(top, 0), min(left + width, size[1]), min(top + height, size[0])]
-    masked = x.get("segmentation") and (task == "inst" or x.get("area") is None)
-    rle = x["segmentation"] = run_lengths_of(x["segmentation"], size) if masked else None
-    if x.get("area") is None:
-        x["area"] = float(mask_utils.area(rle)) if rle else width * height
-    expect(0 <= x["area"] < math.inf, "area must be a number")
-    return x["box"][2] > x["box"][0] and x["box"][3] > x["box"][1] and (task == "det" or rle is not None)
 
 
 class Ade(Dense):
@@ -768,69 +719,63 @@ class Ade(Dense):
     DIR/objectInfo150.txt                          class names, at the ends of rows, after a tab; optional
     """
 
+    things, note = None, ""
+
     def __init__(self, root, split, task, transform, seed=0, classes=None):
         self.split, self.transform, self.seed = split, transform, seed
         split = dict(train="training", val="validation")[split]
         self.folder, self.maps = (os.path.join(root, x, split) for x in ("images", "annotations"))
-        need(root, self.folder, self.maps, takes=f"DIR/{{images,annotations}}/{split}/")
+        need(root, self.folder, self.maps)
         names = sorted(x for x in os.listdir(self.folder) if image_folder.is_image_file(x) and x[0] != ".")
         maps = [os.path.splitext(name)[0] + ".png" for name in names]
-        missing = sorted({*maps} - {*os.listdir(self.maps)}) or ["images"] * (not names)
-        if missing or len({*maps}) < len(maps):
-            what = f"no {missing[0]}" if missing else f"two images have {Counter(maps).most_common(1)[0][0]}"
-            raise InputError(f"{self.maps}: {what}; every image needs a label map of its name")
-        self.images = Packed(zip(names, range(len(names)), (os.path.join(self.maps, x) for x in maps)))
-        self.table, self.classes = os.path.join(root, "objectInfo150.txt"), None
-        self.classes = list(classes or self.read_table() or self.count_classes())
+        missing = sorted({*maps} - {*os.listdir(self.maps)}) if names else ["images"]
+        expect(not missing, f"{self.maps}: no {missing[:1]}; every image needs a label map of its name")
+        self.images = Packed(zip(names, range(len(names)), maps))
+        self.classes = classes or self.read_names(os.path.join(root, "objectInfo150.txt")) or self.count_classes()
         self.categories = list(range(1, len(self.classes) + 1))
-        self.things = [False] * len(self.classes)
 
-    def read_table(self):
-        """Class names from objectInfo150.txt; empty if there is no such file."""
-        if not os.path.exists(self.table):
-            return []
-        with open(self.table, encoding="utf-8", errors="replace") as file:
+    def read_names(self, path):
+        """Class names of a table; None if there is no such file."""
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8", errors="replace") as file:
             rows = [line.strip().split("\t") for line in file if line[:1].isdigit()]
-        if [row[0].strip() for row in rows] != [str(i) for i in range(1, len(rows) + 1)] or not rows:
-            raise InputError(f"{self.table}: its rows are not 1, a tab, ..., a name; 2, ...; correct it")
+        numbered = [row[0].strip() for row in rows] == [str(i) for i in range(1, len(rows) + 1)]
+        expect(rows and numbered, f"{path}: its rows are not 1, a tab, ..., a name; 2, ...; correct it")
         return [row[-1].split(",")[0].strip() for row in rows]
 
     def count_classes(self):
         """Their numbers, as text, where only label maps are known: up to the largest below 255."""
-        values = lambda index: {*self.read_map(index).unique().tolist()}
         with ThreadPoolExecutor() as pool:  # PIL decodes in parallel
-            found = sorted(set().union(*pool.map(values, range(len(self)))))
-        classes = [value for value in found if value not in (0, 255)]
-        if len(classes) < 2 or classes[-1] > 10 * len(classes):  # gray values such as 85 and 170
-            remedy = f"number two or more classes 1, 2, 3, ... (0 and 255 are void), or name all in {self.table}"
-            raise InputError(f"{self.maps}: the labels are {', '.join(map(str, found[:9]))}; {remedy}")
-        return [str(label) for label in range(1, classes[-1] + 1)]
+            found = pool.map(lambda index: self.read_map(index).unique().tolist(), range(len(self)))
+            found = sorted({*itertools.chain(*found)} - {0, 255})
+        good = len(found) > 1 and found[-1] <= 10 * len(found)  # gray values such as 85 and 170 are no classes
+        remedy = "number two or more classes 1, 2, 3, ... (0 and 255 are void), or name all in objectInfo150.txt"
+        expect(good, f"{self.maps}: labels beside 0 and 255 are {found[:9]}; {remedy}")
+        return [str(label) for label in range(1, found[-1] + 1)]
 
     def read_map(self, index):
-        """Labels, int64 (H, W)."""
-        path = self.images[index][2]
+        """Labels, uint8 (H, W)."""
+        path = os.path.join(self.maps, self.images[index][2])
         with opened(path) as image:
-            if image.mode not in ("L", "P"):
-                raise InputError(f"{path}: its mode is {image.mode}; save labels as a gray or palette PNG")
-            return torch.from_numpy(np.array(image, np.int64))
+            good = image.mode in ("L", "P")
+            expect(good, f"{path}: its mode is {image.mode}; save labels as a gray or palette PNG")
+            return torch.from_numpy(np.array(image))
 
     def label_map(self, index):
         """Classes of pixels, int64 (H, W), -1 for void."""
-        labels, count = self.read_map(index), len(self.classes)
+        labels, count = self.read_map(index).long(), len(self.classes)
         labels = labels.where(labels != 255, 0) if count < 255 else labels
-        if labels.max() > count:
-            what = f"label {labels.max()} in it, the data set has labels 0 to {count}"
-            raise InputError(f"{self.images[index][2]}: {what}; correct it")
+        path = os.path.join(self.maps, self.images[index][2])
+        what = f"{path}: label {labels.max()} in it, the data set has labels 0 to {count}; correct it"
+        expect(labels.max() <= count, what)
         return labels - 1
 
     def truth(self, index, size):
-        """As for Coco, with one mask per class."""
+        """As for Coco, with a map of classes."""
         labels = self.label_map(index)
         need_size(self.name(index), size, labels.shape, "its label map")
-        return range(len(self.classes)), None, numbered(labels, range(len(self.classes)))
-
-    def summary(self):
-        return f"{len(self)} images, {len(self.classes)} classes"
+        return dict(zip(self.categories, range(len(self.classes)))), None, (labels + 1).byte()
 
 
 def make_dataset(
@@ -871,9 +816,6 @@ class SkipBroken(Dataset):
     def __init__(self, dataset):
         self.dataset, self.broken = dataset, set()  # of this process
 
-    def __len__(self):
-        return len(self.dataset)
-
     def __getitem__(self, key):
         """key: (epoch, index)."""
         epoch, index = key
@@ -884,10 +826,10 @@ class SkipBroken(Dataset):
                 if index not in self.broken:
                     print(f"skipped: {error}", file=sys.stderr)
                 self.broken.add(index)
-                if len(self.broken) > min(max(10, len(self) // 100), len(self) - 1):
-                    what = f"{len(self.broken)} of {len(self)} training images are broken"
-                    raise InputError(f"{what}, the last: {error}") from error
-                index = (index + 1) % len(self)
+                broken, count = len(self.broken), len(self.dataset)
+                what = f"{broken} of {count} training images are broken, the last: {error}"
+                expect(broken <= max(10, count // 100) and broken < count, what)
+                index = (index + 1) % count
 
 
 def ignore_signals(worker):
@@ -908,12 +850,11 @@ def batches_of(dataset, workers, device, **options):
     try:
         yield from batches
     except (OSError, EOFError, RuntimeError) as error:
-        lost = re.search(r"DataLoader worker \(pid.*|RuntimeError: .*(shm|No space left).*", str(error))
-        if not lost and isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not re.search(r"worker \(pid|shm|No space left", str(error)):
             raise
-        what = f"a loader process was lost ({lost[0] if lost else error})"
-        remedy = "--workers 0 works without; Docker needs --ipc=host for their shared memory"
-        raise InputError(f"{what}; if memory ran out, lower --workers; {remedy}") from error
+        what = f"a loader process was lost ({str(error).strip().splitlines()[-1:]})"
+        remedy = "lower --workers (0 works without); Docker needs --ipc=host for their shared memory"
+        raise InputError(f"{what}: {remedy}") from error
     finally:
         if workers:
             # Python would send SIGTERM, which they ignore.  Torch has no public name for this.
@@ -929,18 +870,12 @@ class GlobalBatches(Sampler):
     """
 
     def __init__(self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, first_step=0):
-        if batch_size % (world_size * accumulate):
-            parts = f"{world_size} processes x --accumulate {accumulate}"
-            raise InputError(f"--batch-size {batch_size} is not divisible by {parts}; change one")
-        if batch_size > length:
-            what = f"more than the {length} training images"
-            raise InputError(f"--batch-size {batch_size} is {what}; lower it")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.steps, self.chunk = range(first_step, steps), batch_size // (world_size * accumulate)
-        self.starts = [i * self.chunk for i in range(rank * accumulate, (rank + 1) * accumulate)]
-
-    def __len__(self):
-        return len(self.steps) * len(self.starts)
+        chunks = world_size * accumulate
+        parts = f"divisible by {world_size} processes x --accumulate {accumulate}"
+        what = f"--batch-size {batch_size} must be {parts}, and at most {length}, the number of training images"
+        expect(batch_size % chunks == 0 and batch_size <= length, what)
+        self.length, self.batch_size, self.seed, self.chunk = length, batch_size, seed, batch_size // chunks
+        self.steps, self.chunks = range(first_step, steps), range(rank * accumulate, (rank + 1) * accumulate)
 
     def __iter__(self):
         drawn = None
@@ -949,9 +884,9 @@ class GlobalBatches(Sampler):
             if epoch != drawn:
                 with seeded(self.seed, epoch):
                     order, drawn = torch.randperm(self.length), epoch
-            batch = order[position * self.batch_size :][: self.batch_size].tolist()
-            for start in self.starts:
-                yield [(epoch, index) for index in batch[start : start + self.chunk]]
+            for i in self.chunks:
+                start = position * self.batch_size + i * self.chunk
+                yield [(epoch, index) for index in order[start : start + self.chunk].tolist()]
 
 
 def lists(samples):

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from collections import Counter
 
@@ -55,6 +56,7 @@ import block as experiment  # noqa: E402
 
 CPU = torch.device("cpu")
 DENSE = "det", "inst", "sem", "pan"
+METRIC = dict(cls="top1", det="AP", inst="mask_AP", sem="miou", pan="PQ")
 KEYS = dict(cls=set(), det={"boxes"}) | dict.fromkeys(("inst", "sem", "pan"), {"boxes", "masks"})  # of an output
 # Torch's attention in bfloat16 asks the processor what it can do, not this variable, and fails.
 lowered = pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch has no bfloat16 attention then")
@@ -334,7 +336,7 @@ def test_bfloat16_autocast_is_close_and_its_maps_take_half_the_memory(task):
     assert {entry[key][-1].dtype for entry in entries for key in ("assignments", "weights")} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("task", cf.TASKS)
+@pytest.mark.parametrize("task", ["cls", *(pytest.param(task, marks=slow) for task in DENSE)])
 def test_the_exported_model_gives_the_same_for_any_batch_size(shallow, task):
     model, images = random_model(task), torch.rand(5, 3, 64, 96)
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
@@ -359,42 +361,6 @@ def test_predict_works_in_every_dtype(task, dtype):
             assert cf.ClusterFormer(task, "nano", 5).predict([image])[0].keys() == exact.keys()
         finally:
             torch.set_default_dtype(torch.float32)
-
-
-class DepthHead(torch.nn.Module):
-    """A task that the module does not have: the depth of each token of the finest map."""
-
-    def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
-        super().__init__()
-        self.depth = torch.nn.Linear(backbone.channels[0], 1)
-
-    def forward(self, maps):
-        return {"depth": self.depth(maps[0])[..., 0]}
-
-    def loss(self, output, targets):
-        return {"l1": (output["depth"] - targets).abs().mean((1, 2)).sum()}
-
-    def count(self, targets):
-        return len(targets)
-
-    def predict(self, output, image_size, sizes):
-        maps = F.interpolate(output["depth"][:, None], scale_factor=4)[:, 0]
-        return [dict(depth=x[: image_size[0], : image_size[1]]) for x in maps]
-
-
-def test_a_new_task_and_a_new_variant_are_one_entry_each(tmp_path, monkeypatch):
-    monkeypatch.setitem(cf.TASKS, "depth", DepthHead)
-    base = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 128), dim=64, levels=(2, 1), drop_path=0.4)
-    monkeypatch.setitem(cf.VARIANTS, "base", base)
-    model = cf.ClusterFormer("depth", "base").train()
-    images, truth = torch.rand(2, 3, 64, 96), torch.rand(2, 16, 24)
-    (sum(model.loss(model(images), truth).values()) / model.count(truth)).backward()
-    assert model.backbone.stem[0].weight.grad.any() and len(model.backbone.stem[0].weight) == 8
-    assert [prediction["depth"].shape for prediction in model.predict(images)] == [(64, 96)] * 2
-    assert len(cf.ClusterFormer("det", "base", 3)(images)["aux"]) == 2
-    monkeypatch.setattr(sys, "argv", f"train.py --variant base --data D --out {tmp_path}".split())
-    assert train.parse_settings().drop_path == 0.4
-    assert "swin_t" in str(benchmark.peers("base"))
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
@@ -1084,7 +1050,7 @@ def test_coco_annotations_of_every_form_are_read_correctly(tmp_path):
     write_coco(tmp_path)
     coco = read(tmp_path, "inst")
     assert coco.classes == ["boat", "kite"] and coco.categories == [7, 90] and len(coco) == 2
-    assert coco.counts["dropped"] == 1  # the one without area; the crowd is no training target, either
+    assert (coco.dropped, coco.crowds) == (1, 1)  # the one without area; the crowd is no training target, either
     image, target = coco[0, 1]  # images are sorted by id
     assert image.dtype == torch.uint8 and torch.equal(image == 100, target["masks"].any(0).expand(3, 40, 60))
     assert target["labels"].tolist() == [1, 0, 0] and np.array_equal(target["masks"].numpy(), list(COCO_MASKS.values()))
@@ -1093,7 +1059,7 @@ def test_coco_annotations_of_every_form_are_read_correctly(tmp_path):
         torch.testing.assert_close(read(tmp_path, task)[0, 1][1]["boxes"], boxes)
     _, nothing = coco[0, 0]  # an image without objects is trained on, too
     assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 40, 60)
-    assert len(coco.coco().anns) == 4  # with the crowd, without the object without area
+    assert len(read(tmp_path, "inst", "val").coco().anns) == 4  # with the crowd, without the object without area
 
 
 @pytest.mark.parametrize("task", ["sem", "pan"])
@@ -1141,7 +1107,7 @@ def test_photographs_of_any_shape_become_squares_in_training_and_keep_their_shap
     boxes = [[0, 0, width, height]]
     for seed in range(5):
         with data.seeded(seed):
-            parts = ([0], boxes, None) if task == "det" else ([0], None, labels.byte())
+            parts = ([0], boxes, None) if task == "det" else ({1: 0}, None, labels.byte())
             crop, target = data.training_sample(image, *parts, data.dense_train_transform(task, 64, 0.5, 0))
         assert crop.shape == (3, 64, 64) and len(target["labels"]) == 1
         white = (crop > 200).all(0)
@@ -1161,8 +1127,8 @@ WRONG = [  # task, damage, part of the message
     ("inst", entry("images", 0, file_name="x.png"), "images[0]: x.png is not in"),
     ("inst", lambda root: cut_in_half(root / INSTANCES), "no COCO file"),
     ("inst", edit(lambda c: c.pop("categories")), "there is no 'categories'"),
-    ("inst", edit(lambda c: c.update(annotations=c["annotations"][4:])), "annotate something"),
-    ("inst", edit(lambda c: [e.update(bbox=[0.1, 0.1, 0.5, 0.5]) for e in c["annotations"]]), "write them in pixels"),
+    ("inst", edit(lambda c: c.update(annotations=c["annotations"][4:])), "annotate in pixels"),
+    ("inst", edit(lambda c: [e.update(bbox=[0.1, 0.1, 0.5, 0.5]) for e in c["annotations"]]), "annotate in pixels"),
     ("inst", edit(lambda c: c["annotations"].insert(1, None)), "annotations[1]: "),
     ("inst", edit(lambda c: c["annotations"][1].pop("bbox")), "annotations[1]: there is no 'bbox'"),
     ("inst", one_object(image_id=99), "annotations[1]: there is no 99"),
@@ -1172,10 +1138,11 @@ WRONG = [  # task, damage, part of the message
         [1, 2, 3], ["1", "2", "3", "4"], [1, 2, math.nan, 4], 7, None)),
     *(("inst", one_object(area=area), "annotations[1]: ") for area in ("large", -1, math.nan)),
     *(("inst", one_object(segmentation=mask), "annotations[1]: ") for mask in (
-        MASK | dict(size=[60, 40]), MASK | dict(counts=[7, 9]), MASK | dict(counts=TEXT + TEXT), dict(counts=TEXT),
+        MASK | dict(size=[60, 40]), MASK | dict(counts=[7, 9999]), MASK | dict(counts=TEXT + TEXT), dict(counts=TEXT),
         [["x"] * 6], [[0, 0, 9, 0, 9, 1e9]], [[1, 1, 9, 1, 9, 9, 4]], [[math.nan] * 6])),
     ("inst", entry("images", 1, width="60"), "images[1]: "),
     ("inst", entry("images", 1, id="5"), "images[1]: ids must be different whole numbers"),
+    ("inst", entry("categories", 1, id="7"), "categories: ids must be different whole numbers"),
     ("inst", entry("images", 1, id=5), "images[1]: ids must be different whole numbers"),
     ("inst", entry("categories", 1, name="kite"), "two categories have the same name"),
     ("inst", picture("train2017/a.png", "RGB"), "a.png: 90 x 60 pixels"),
@@ -1183,17 +1150,17 @@ WRONG = [  # task, damage, part of the message
     ("pan", lambda root: (root / PAN_MAP).parent.rename(root / "x"), "panoptic_train2017"),
     ("pan", picture(PAN_MAP, "RGB", 0, (61, 40)), "3.png: 61 x 40 pixels"),
     ("pan", lambda root: cut_in_half(root / PAN_MAP), "3.png: cannot be read"),
-    ("pan", segments(lambda found: found.pop(2)), "segment 27000 has no entry in"),
+    ("pan", segments(lambda found: found.pop(2)), "segments [27000] have no entries in"),
     ("pan", segments(lambda found: found[0].update(category_id=99)), "there is no category 99"),
     ("pan", segments(lambda found: found[1].update(id=9000)), "two segments have the same id"),
     ("pan", edit(lambda c: c["annotations"].append(c["annotations"][0])), "has 2 annotations"),
-    ("sem", lambda root: (root / MAPS / "1.png").unlink(), "no 1.png; every image"),
+    ("pan", lambda root: (root / PAN_MAP).unlink(), "annotations[3]: 3.png is not in"),
+    ("sem", lambda root: (root / MAPS / "1.png").unlink(), "no ['1.png']; every image"),
     ("sem", lambda root: (root / "images/training").rename(root / "images/train"), "training: no such"),
-    ("sem", picture("images/training/0.png"), "two images have 0.png"),
     ("sem", picture(MAPS + "/0.png", "L", 1, (50, 40)), "50 x 40"),
     ("sem", picture(MAPS + "/0.png", "RGB", "red"), "0.png: its mode is RGB"),
-    ("sem", stripes(0, 85, 170, 255), "the labels are 0, 85, 170, 255"),
-    ("sem", stripes(0, 1), "the labels are 0, 1; number two or more classes"),  # a lesion, and void
+    ("sem", stripes(0, 85, 170, 255), "are [85, 170]; number two or more classes"),
+    ("sem", stripes(0, 1), "are [1]; number two or more classes"),  # a lesion, and void
     ("sem", stripes(0, 1, 9, 255, names=3), "0.png: label 9 in it"),
     ("sem", stripes(0, 40, 300, names=300), "its mode is I;16"),
     ("sem", lambda root: (root / NAMES).write_text("2\twall\n1\tsky\n"), "its rows are not 1, a tab"),
@@ -1227,13 +1194,13 @@ def test_annotations_mean_the_same_in_training_and_evaluation(tmp_path, change, 
     target = next(target for image, target in read_all(train_set) if image.any())  # of a.png
     assert target["labels"].tolist() == [int(i == 0) for i in objects] and train_set.classes == ["boat", "kite"]
     assert np.array_equal(target["masks"].numpy(), [COCO_MASKS[i] for i in objects])
-    assert train_set.counts["dropped"] == val_set.counts["dropped"] == 4 - len(objects)
+    assert train_set.dropped == val_set.dropped == 4 - len(objects)
     coco = val_set.coco()
     truth = [e for e in coco.dataset["annotations"] if not e["iscrowd"]]
     assert [e["bbox"] for e in truth] == [COCO_OBJECTS[i]["bbox"] for i in objects]
     assert len(coco.anns) == len(objects) + 1 and {e["area"] for e in truth} <= {1, 100, 150, 200}
     assert all(np.array_equal(coco.annToMask(e), COCO_MASKS[i]) for e, i in zip(truth, objects))
-    metrics = evaluation.evaluate(Oracle(val_set, "inst"), val_set, CPU)
+    metrics, _ = evaluation.evaluate(Oracle(val_set, "inst"), val_set, CPU)
     assert metrics["mask_AP"] == pytest.approx(1) and metrics["box_AP50"] == pytest.approx(1)
 
 
@@ -1263,7 +1230,7 @@ def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_
         found = truth_as_prediction(*arguments)
         return {name: value[found["labels"] == 1] for name, value in found.items()}
 
-    rows = evaluation.evaluate(Oracle(val_set, task, kites), val_set, CPU, per_class=True)["per_class"]
+    _, rows = evaluation.evaluate(Oracle(val_set, task, kites), val_set, CPU)
     assert [row["AP" if task == "det" else "mask_AP"] for row in rows] == [0, pytest.approx(1)]
     for classes in (["kite", "dog"], ["kite"], ["boat", "kite", "dog"]):
         assert "is in the file or the model only" in refusal(lambda: read(tmp_path, task, "val", classes=classes))
@@ -1395,7 +1362,7 @@ def metrics_of_shapes(task, predict=truth_as_prediction, length=6, **arguments):
 
 def metrics_of_all_tasks(batch_size, **arguments):
     cls = evaluation.evaluate(Pixels(), data.Shapes(101, 32, 0, "val"), CPU, batch_size)
-    arguments |= dict(length=11, batch_size=batch_size, per_class=True)
+    arguments |= dict(length=11, batch_size=batch_size)
     return {task: metrics_of_shapes(task, half_right, **arguments) for task in DENSE} | dict(cls=cls)
 
 
@@ -1406,7 +1373,7 @@ def test_evaluation_on_several_processes_is_exact(tmp_path, request, count):
     else:
         parts = on_processes(evaluate_a_part, tmp_path, 3)
     expected = metrics_of_all_tasks(7)
-    assert all(0.1 < expected[task][evaluation.METRIC[task]] < 0.9 for task in DENSE)
+    assert all(0.1 < expected[task][0][METRIC[task]] < 0.9 for task in DENSE)
     assert repr(metrics_of_all_tasks(11, workers=2)) == repr(expected)  # to the last bit; and nan is nan
     assert [repr(part) for part in parts] == [repr(expected)] * count
 
@@ -1415,8 +1382,8 @@ def test_top1_and_top5_count_the_rank_of_the_label():
     dataset = data.Shapes(50, 32, 0, "val")
     rows = [(Pixels()([image])["logits"][0], label) for image, label in (dataset[0, i] for i in range(50))]
     ranks = np.array([(row > row[label]).sum().item() for row, label in rows])
-    metrics = evaluation.evaluate(Pixels(), dataset, CPU, batch_size=8)
-    assert metrics == dict(top1=(ranks < 1).mean(), top5=(ranks < 5).mean(), images=50)
+    metrics, _ = evaluation.evaluate(Pixels(), dataset, CPU, batch_size=8)
+    assert metrics == dict(top1=(ranks < 1).mean(), top5=(ranks < 5).mean())
 
 
 @pytest.mark.parametrize("task", DENSE)
@@ -1432,17 +1399,17 @@ def test_the_ground_truth_scores_1_and_no_predictions_score_0(tmp_path, task):
     write(tmp_path, task)
     dataset = read(tmp_path, task, "val", v2.Resize(20))  # unlabeled: void, crowds, what has no area
     for predict, expected in ((truth_as_prediction, 1), (nothing, 0)):
-        metrics = evaluation.evaluate(Oracle(dataset, task, predict), dataset, CPU)
-        assert metrics.pop("images") == len(dataset) and metrics[evaluation.METRIC[task]] == pytest.approx(expected)
+        metrics, _ = evaluation.evaluate(Oracle(dataset, task, predict), dataset, CPU)
+        assert metrics[METRIC[task]] == pytest.approx(expected)
         for name, value in metrics.items():  # AR1 allows one detection per image
             assert value == pytest.approx(expected) or math.isnan(value) or name.endswith("AR1"), name
 
 
 @pytest.mark.parametrize("task", ["det", "inst"])
 def test_saved_predictions_have_the_same_metrics_in_coco_s_own_evaluation(tmp_path, task):
-    metrics = metrics_of_shapes(task, half_right, save=str(tmp_path / "found.json"))
+    metrics, _ = metrics_of_shapes(task, half_right, save=str(tmp_path / "found.json"))
     truth = data.Shapes(6, 96, 0, "val", task).coco()
-    assert 0.2 < metrics[evaluation.METRIC[task]] < 0.9
+    assert 0.2 < metrics[METRIC[task]] < 0.9
     for kind, prefix in ({"bbox": ""} if task == "det" else {"bbox": "box_", "segm": "mask_"}).items():
         results = json.loads((tmp_path / "found.json").read_text())
         for result in results if kind == "segm" else []:
@@ -1456,15 +1423,10 @@ def test_saved_predictions_have_the_same_metrics_in_coco_s_own_evaluation(tmp_pa
 @pytest.mark.parametrize("task", ["sem", "pan"])
 def test_saved_predictions_have_the_names_and_numbers_of_the_files(tmp_path, task):
     write(tmp_path, task)
-    name, found = "0.png", tmp_path / "found"
-    if task == "pan":  # a name must not decide where files are written
-        name, found = "more_.._more_0.png", tmp_path / "found.json"
-        (tmp_path / "val2017" / "more").mkdir()
-        (tmp_path / "val2017" / "0.jpg").rename(tmp_path / "val2017" / "more" / "0.jpg")
-        edit(lambda c: c["images"][0].update(file_name="more/../more/0.jpg"), "val")(tmp_path)
+    found = tmp_path / ("found" if task == "sem" else "found.json")
     dataset = read(tmp_path, task, "val", v2.Resize(20))
     evaluation.evaluate(Oracle(dataset, task), dataset, CPU, save=str(found))
-    saved = np.asarray(Image.open(tmp_path / "found" / name)).astype(int)
+    saved = np.asarray(Image.open(tmp_path / "found" / "0.png")).astype(int)
     if task == "sem":
         assert np.array_equal(saved, dataset.label_map(0).clamp(min=0) + 1)
     else:
@@ -1480,7 +1442,7 @@ def panoptic_metrics(predicted, labels, truth, entries, classes=3):
     entries = [dict(id=i, category_id=10 + label, iscrowd=crowd) for i, (label, crowd) in entries.items()]
     categories = {10 + c: c for c in range(classes)}
     counts = evaluation.panoptic_counts(rows(predicted), labels, rows(truth), entries, categories, classes)
-    return counts, evaluation.panoptic_quality(counts, torch.ones(classes, dtype=torch.bool))
+    return counts, [*evaluation.panoptic_quality(counts, torch.ones(classes, dtype=torch.bool)).values()]
 
 
 def test_panoptic_quality_of_cases_worked_out_by_hand():
@@ -1504,12 +1466,12 @@ def test_panoptic_quality_of_cases_worked_out_by_hand():
 
 def test_semantic_metrics_match_a_count_pixel_by_pixel():
     dataset = data.Shapes(6, 96, 0, "val", "sem")
-    metrics = metrics_of_shapes("sem", half_right, per_class=True)
+    metrics, rows = metrics_of_shapes("sem", half_right)
     truth = np.stack([dataset.label_map(i) for i in range(6)])
     found, real = np.stack([half_right(dataset, "sem", i)["semantic"] for i in range(6)]), truth >= 0
     pairs = [(real & (truth == c), real & (found == c)) for c in range(len(dataset.classes))]
     iou = [(a & b).sum() / (a | b).sum() for a, b in pairs]  # all classes occur
-    np.testing.assert_allclose([row["IoU"] for row in metrics["per_class"]], iou)
+    np.testing.assert_allclose([row["IoU"] for row in rows], iou)
     assert metrics["miou"] == pytest.approx(np.mean(iou))
     assert metrics["pixel_accuracy"] == pytest.approx((truth == found)[real].mean())
 
@@ -1551,7 +1513,7 @@ def saved_checkpoint(path, task="cls"):
     torch.manual_seed(0)
     model = cf.ClusterFormer("cls", "nano", num_classes=8) if task == "cls" else random_model(task)
     classes = list(data.THINGS)[: model.num_classes]
-    torch.save(state_of(randomized(model, 0.03), classes, task=task, image_size=64, data=None), path)
+    torch.save(state_of(randomized(model, 0.03), classes, task=task, test_size=64, data=None), path)
     return model.eval()
 
 
@@ -1563,60 +1525,37 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
-def test_predictions_are_drawn(tmp_path, monkeypatch, capsys, task):
+def test_predictions_are_drawn_and_replace_nothing(tmp_path, monkeypatch, capfd, task):
     monkeypatch.chdir(tmp_path)
     saved_checkpoint("last.pt", task)
     os.mkdir("photos")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save("photos/a.png")
-    shutil.copy("last.pt", "photos/._b.png")  # hidden, and no image
+    Image.new("L", (300, 100), 80).save("photos/b c.jpg")
     shutil.copy("last.pt", "photos/c.png")  # no image
-    Image.new("L", (300, 100), 80).save("b c.jpg")
-    Image.new("RGB", (40, 40)).save("a.jpg")
-    arguments = ["--images", "photos", "b c.jpg", "a.jpg", "--clusters", "--out", "out"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    arguments = ["--images", "photos", "photos/a.png", "--clusters", "--out", "photos"]
     arguments += ["--explain", "star", "disc"] * (task == "cls")
-    assert "3 images drawn in out" in call(evaluation, capsys, "--checkpoint", "last.pt", *arguments)
-    kinds = ["", "-clusters", *["-explained"] * (task == "cls")]
-    assert set(os.listdir("out")) == {f"{name}{kind}.png" for name in ("a", "b c", "a-2") for kind in kinds}
-    for name in os.listdir("out"):
-        drawn = Image.open(f"out/{name}")  # and none of c.png, which is no image
-        assert min(drawn.size) > 100 and drawn.convert("L").getextrema()[0] < 100
+    call(evaluation, capfd, "--checkpoint", "last.pt", *arguments)
+    names = ["a-2", "a-3", "a-clusters", "a-clusters-2", "b c-2", "b c-clusters"]
+    names += ["a-explained", "a-explained-2", "b c-explained"] * (task == "cls")
+    drawn = {path for path in tmp_path.rglob("*.*") if path not in before}
+    assert {path.name for path in drawn} == {f"{name}.png" for name in names} - {"b c-2.png"} | {"b c.png"}
+    assert before == {path: path.read_bytes() for path in before}
+    for path in drawn:
+        picture = Image.open(path)
+        assert min(picture.size) > 100 and picture.convert("L").getextrema()[0] < 100
 
 
 @pytest.mark.parametrize("task", DENSE)
 def test_regions_are_drawn_where_they_are_predicted(task):
-    scenes, names = data.Shapes(3, 96, 0, "val", task), data.Shapes(1, 96, 0, "val", task).classes
+    scenes = data.Shapes(3, 96, 0, "val", task)
     for i in range(3):
-        image, prediction = data.as_float(scenes[0, i][0]), truth_as_prediction(scenes, task, i)
-        texts, masks, boxes = evaluation.regions_of(prediction, names)
-        (_, panel), (_, picture) = evaluation.prediction_panels(prediction, names, task, image, (96, 96))
-        assert panel.shape == picture.shape == (3, 560, 560) and len(texts) > 1
-        changed = evaluation.enlarge(torch.arange(96**2).view(96, 96), (96, 96), panel)[(panel != picture).any(0)].unique()
-        if masks is not None:
-            covered = torch.zeros(96**2).index_fill(0, changed, 1).view(96, 96).bool()
-            assert (covered & masks.any(0)).sum() > 0.9 * masks.any(0).sum()
-
-
-def test_outputs_replace_nothing_but_pictures_of_our_own(folder, capsys, monkeypatch, checkpoint):
-    monkeypatch.chdir(folder)
-    saved_checkpoint("sem.pt", "sem"), saved_checkpoint("pan.pt", "pan")
-    (folder / "maps").mkdir()
-    shutil.copytree("val/cat", "photos")
-    (folder / "truth.json").write_text("{}")
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(cf.ClusterFormer, "predict", lambda *_: pytest.fail("something was computed before"))
-    for name, *arguments in [
-        (checkpoint, "--images", "photos", "--out", "photos"), (checkpoint, "--images", "val/dog", "--out", "photos"),
-        (checkpoint, "--json", checkpoint), (checkpoint, "--json", "truth.json"),
-        ("sem.pt", "--save-predictions", "maps"), ("pan.pt", "--save-predictions", "truth.json"),
-        ("pan.pt", "--save-predictions", "maps.json"),
-    ]:
-        assert "not replaced" in failure(evaluation, capsys, "--checkpoint", name, *arguments)
-    assert "no folder none" in failure(evaluation, capsys, "--checkpoint", checkpoint, "--json", "none/found.json")
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for _ in range(2):  # the second time, it replaces its own
-        call(evaluation, capsys, "--checkpoint", checkpoint, "--images", "photos", "--out", "pictures")
+        panel, prediction = scenes[0, i][0], truth_as_prediction(scenes, task, i)
+        texts, masks, boxes = evaluation.regions_of(prediction, scenes.classes)
+        (_, same), (_, picture) = evaluation.prediction_panels(prediction, scenes.classes, panel)
+        changed = (panel != picture).any(0)
+        assert torch.equal(panel, same) and len(texts) > 1 and changed.any()
+        assert masks is None or (changed & masks.any(0)).sum() > 0.9 * masks.any(0).sum()
 
 
 def test_without_paths_held_out_images_are_drawn(tmp_path, capsys, checkpoint):
@@ -1740,18 +1679,16 @@ def failure(module, capsys, *arguments):
 def few_scenes(monkeypatch, training, validation):
     """Shapes have so many scenes."""
     start = data.Shapes.__init__
-
-    def short(self, *arguments, **options):
-        start(self, *arguments, **options)
-        self.length = min(self.length, training if self.split == "train" else validation)
-
+    short = lambda self, count, size, seed, split, task: start(
+        self, training if split == "train" else validation, size, seed, split, task
+    )
     monkeypatch.setattr(data.Shapes, "__init__", short)
 
 
 def log_of(out):
     """A dictionary for each epoch; losses and metrics must be finite."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    finite = "loss", *evaluation.METRIC.values()
+    finite = "loss", *METRIC.values()
     assert all(math.isfinite(line[key]) for line in log for key in line.keys() & {*finite}), log
     return log
 
@@ -1762,13 +1699,14 @@ def test_a_short_run_beats_chance_by_a_wide_margin(tmp_path, capsys, monkeypatch
     arguments = [*QUICK, "--batch-size", 25, "--workers", 1, "--epochs", 2, "--evaluate-every", 2]
     call(train, capsys, *arguments, "--out", out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["top1"] >= 0.25 and metrics["images"] == 400  # chance: 0.125 +- 0.017
+    assert metrics["top1"] >= 0.25  # chance: 0.125 +- 0.017
     first, last = log_of(out)
     assert "top1" not in first and last["top1"] == metrics["top1"] and (last["epoch"], last["step"]) == (2, 80)
     assert last["loss"] < first["loss"]
-    again = ["--checkpoint", out / "best.pt", "--batch-size", 25, "--json", found]  # the same batches and rounding
+    again = ["--checkpoint", out / "last.pt", "--batch-size", 25, "--json", found]  # the same batches and rounding
     printed = call(evaluation, capsys, *again)
-    assert json.loads(found.read_text()) == metrics and f"{metrics['top1']:.2%}" in printed
+    assert json.loads(found.read_text()) == metrics | dict(per_class={})
+    assert f"{metrics['top1']:.2%}" in printed and "400 images, 8 classes" in printed
 
 
 def test_accumulated_and_compiled_steps_are_those_of_the_whole_batch(tmp_path, capsys, monkeypatch, shallow):
@@ -1783,18 +1721,6 @@ def test_accumulated_and_compiled_steps_are_those_of_the_whole_batch(tmp_path, c
         torch.testing.assert_close(found[-1], found[0], atol=1e-5, rtol=1e-4)
 
 
-def test_best_pt_is_of_the_best_evaluation(tmp_path, capsys, monkeypatch):
-    few_scenes(monkeypatch, 20, 4)
-    values = iter([0.5, 0.75, 0.25])
-    monkeypatch.setattr(train, "evaluate", lambda *_: dict(top1=next(values), top5=1.0, images=1))
-    arguments = [*QUICK, "--batch-size", 10, "--epochs", 5, "--evaluate-every", 2]
-    call(train, capsys, *arguments, "--out", tmp_path)
-    log = log_of(tmp_path)
-    assert [line.get("top1") for line in log] == [None, 0.5, None, 0.75, 0.25]  # always after the last epoch
-    assert torch.load(tmp_path / "best.pt")["step"] == log[3]["step"]
-    assert json.loads((tmp_path / "metrics.json").read_text())["top1"] == 0.25
-
-
 def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, monkeypatch):
     def parse(arguments, count=10_000):
         monkeypatch.setattr(sys, "argv", ["train.py", "--out", "/nowhere", *arguments.split()])
@@ -1803,9 +1729,9 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, mo
 
     for arguments, epochs in {"": 5, "--data D": 1, "--task sem": 1, "--task sem --data D": 5}.items():
         assert parse(arguments).evaluate_every == epochs
-    imagenet, half = parse("--data D"), parse("--data D --batch-size 512 --smoothing 0")
+    imagenet, half = parse("--data D"), parse("--data D --batch-size 512 --clip 0")
     assert (imagenet.batch_size, imagenet.epochs, imagenet.schedule) == (1024, 300, "cosine")
-    assert half.lr == imagenet.lr / 2 and half.smoothing == 0 < imagenet.smoothing
+    assert half.lr == imagenet.lr / 2 and half.clip == 0 < imagenet.clip and imagenet.mixup == 0.8
     assert parse("--task inst --data D").schedule == "step" and parse("--lr 1 --batch-size 1").lr == 1
     few = {count: parse("--task inst --data D", count) for count in (5, 136, 9_999)}
     assert [(x.batch_size, x.epochs) for x in few.values()] == [(4, 1800), (8, 67), (8, 12)]
@@ -1820,7 +1746,10 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, mo
 
 
 def test_learning_rates_warm_up_and_follow_their_schedules():
-    rates = {name: [train.learning_rate(step, 110, 10, 1.0, name) for step in range(110)] for name in train.SCHEDULES}
+    rates = {}
+    for name in train.SCHEDULES:
+        settings = types.SimpleNamespace(epochs=11, warmup_epochs=1.0, lr=1.0, schedule=name)
+        rates[name] = [train.learning_rate(settings, step, 10) for step in range(110)]
     for rate in rates.values():
         np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10)
         assert (np.diff(rate[10:]) <= 0).all()
@@ -1840,31 +1769,32 @@ def train_and_evaluate(tmp_path, capsys, task, processes, *options):
         _, errors = (run := start(processes, *arguments, "--out", out)).communicate()
         assert run.returncode == 0, errors
     resume = "--task", task, "--resume", "--epochs", 2, "--out", out
-    assert "after step 2 of 4 steps" in call(train, capsys, *resume)
+    assert "resumed after step 2\n" in call(train, capsys, *resume)
     assert [line["step"] for line in log_of(out)] == [2, 4]
     assert "held-out" in call(train, capsys, *resume)  # nothing is left to do
     more = ["--per-class", "--save-predictions", tmp_path / ("maps" if task == "sem" else "saved.json")] * dense
     again = ["--workers", 0, "--batch-size", 1 if dense else 2, "--json", found]
     printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", *again, *more)
     metrics, saved = json.loads(found.read_text()), json.loads((out / "metrics.json").read_text())
-    classes = [row["class"] for row in metrics.pop("per_class", [])]
-    assert classes == torch.load(out / "last.pt")["classes"] * dense and "of 4 images" in printed
+    classes = [*metrics.pop("per_class")]
+    assert classes == torch.load(out / "last.pt")["classes"] * dense and "4 images, " in printed
     assert {line.split()[0] for line in printed.splitlines()} >= {*classes} and metrics.keys() == saved.keys()
     for name in saved if processes == 1 else ():
         assert saved[name] == pytest.approx(metrics[name], abs=0.01, nan_ok=True)
     if dense:
-        assert "is of a run of --task" in failure(train, capsys, "--task", "cls", "--resume", "--out", out)
+        assert "is of a run with task" in failure(train, capsys, "--task", "cls", "--resume", "--out", out)
 
 
 @pytest.mark.parametrize("task", cf.TASKS)
-def test_every_task_from_training_to_prediction(tmp_path, capsys, task, checkpoint):
-    slow = ["--init", checkpoint, "--backbone-rate", 0.1] if task in ("cls", "inst") else []
+def test_every_task_from_training_to_prediction(tmp_path, capsys, monkeypatch, task, checkpoint):
+    slow = ["--init", checkpoint] if task in ("cls", "inst") else []
+    monkeypatch.setitem(train.CLS, "backbone_rate", 0.1)
     train_and_evaluate(tmp_path, capsys, task, 1, *slow)
     groups = torch.load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     rates = {round(group["lr"] / max(group["lr"] for group in groups), 3) for group in groups}
     assert rates == ({0.1, 1} if slow else {1})
     names = {"label", "l1", "giou"} | ({"mask", "dice", "pixel"} if task != "det" else set())
-    assert task == "cls" or {f"loss_{name}" for name in names} <= log_of(tmp_path / "run")[0].keys()
+    assert task == "cls" or log_of(tmp_path / "run")[0]["losses"].keys() == names
 
 
 def short_run(task, folder, count=18):
@@ -1884,7 +1814,7 @@ def test_init_takes_what_fits_and_a_resumed_run_keeps_its_settings(tmp_path, cap
     printed = call(train, capsys, *arguments, "--iterations", 1, "--epochs", 1, "--init", checkpoint, "--out", out)
     assert "has no fitting weights of head.classifier\n" in printed
     printed = call(train, capsys, "--resume", "--epochs", 2, "--out", out)
-    assert "after step 2 of 4 steps" in printed
+    assert "resumed after step 2\n" in printed
     model, state = evaluation.load_checkpoint(out / "last.pt")
     assert model.arguments["iterations"] == state["settings"]["iterations"] == 1 and state["step"] == 4
     assert {len(entry["weights"]) for entry in cf.trace(model, torch.rand(1, 3, 64, 64))} == {1}
@@ -1964,7 +1894,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
             patched.setattr(module, name, broken)
             call(train, capsys, *arguments, "--out", out, "--resume", "--checkpoint-every", 0)
         assert before < step_of(out) < 8
-    assert "M parameters, after step" in call(train, capsys, "--out", out, "--resume")
+    assert "resumed after step" in call(train, capsys, "--out", out, "--resume")
     assert_same_end(tmp_path / "whole", out)
 
 
@@ -1985,7 +1915,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_weights_of_an_uninterrupted_on
         assert step_of(out) >= before
     run = start(processes, "--out", out, "--resume", "--task", task)
     printed, errors = run.communicate()
-    assert run.returncode == 0 and "M parameters, after step" in printed, errors
+    assert run.returncode == 0 and "resumed after step" in printed, errors
     assert printed.count("held-out images") == 1  # one process prints
     assert_same_end(tmp_path / "whole", out)
 
@@ -2015,7 +1945,7 @@ def test_whatever_stops_one_process_stops_all_and_one_can_resume(tmp_path):
     wait_for(lambda: step_of(out) > step)
     run.send_signal(signal.SIGINT)  # Ctrl-C
     printed, errors = run.communicate()
-    assert run.returncode == 130 and "Traceback" not in errors and f"after step {step} of" in printed
+    assert run.returncode == 130 and "Traceback" not in errors and f"resumed after step {step}\n" in printed
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, capsys):
@@ -2047,7 +1977,7 @@ def test_after_20_bad_steps_a_run_stops_and_its_checkpoint_is_from_before_them(t
     spoil(monkeypatch, range(3, 100))
     arguments = [*QUICK, "--batch-size", 4, "--epochs", 1, "--checkpoint-every", 0, "--out", tmp_path]
     message = failure(train, capsys, *arguments)
-    assert re.search("not finite in 20 steps in a row, up to step 23: lower --lr .* is from before", message)
+    assert re.search("step 23 is skipped: .* not finite, as 20 in a row: lower --lr .* is from before", message)
     assert step_of(tmp_path) == 3
 
 
@@ -2110,12 +2040,12 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
         memory = [benchmark.resident_peak(pid) / 2**20 for pid, parent in members(out).items() if parent == run.pid]
         run.send_signal(signal.SIGTERM)
         printed, errors = run.communicate()
-        assert f"--variant tiny " in printed and f"--image-size {size} " in printed, errors
+        assert '"variant": "tiny"' in printed and f'"image_size": {size}, ' in printed, errors
         step = int(re.search(r"stopped after step (\d+) of 4; ", errors).group(1))
         assert run.returncode != 0 and 2 <= step < 4 and len(memory) == 2
         run = start(2, "--task", task, "--out", out, "--resume")
         printed, errors = run.communicate()
-        assert run.returncode == 0 and f"after step {step} of" in printed, errors
+        assert run.returncode == 0 and f"resumed after step {step}\n" in printed, errors
     finally:
         kill(out)
     first, last = log_of(out)
@@ -2129,13 +2059,13 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
 @pytest.mark.parametrize("task, damage, complaint", [
     ("cls", lambda root: (root / "train").rename(root / "training"), "train: no such"),
     ("cls", lambda root: (root / "train" / "empty").mkdir(), "empty"),
-    ("cls", lambda root: write_images(root, "val", ["wolf"]), "1 classes that the model is not trained for: wolf"),
-    ("cls", lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "class folder"),
+    ("cls", lambda root: write_images(root, "val", ["wolf"]), "class folders ['wolf'] are no classes of the model"),
+    ("cls", lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "train: class folders []"),
     ("cls", lambda root: [cut_in_half(path) for path in root.glob("val/*/*")], "cannot be read"),  # by a loader process
     ("det", lambda root: (root / "val2017" / "b.png").write_text("no image"), "b.png: cannot be read as an image"),
     ("inst", edit(lambda c: c["annotations"][2].update(segmentation=MASK | dict(counts="0")), "val"), "its run lengths"),
     ("sem", picture("annotations/validation/1.png"), "90 x 60"),
-    ("pan", picture("annotations/panoptic_val2017/0.png", "L", 5), "segment "),
+    ("pan", picture("annotations/panoptic_val2017/0.png", "L", 5), "have no entries in"),
     ("pan", lambda root: [path.rename(str(path).replace("panoptic", "instances")) for path in root.glob("*/*.json")],
      "panoptic_train2017"),
 ])
@@ -2149,17 +2079,15 @@ def test_broken_files_end_a_run_in_one_line(tmp_path, capsys, task, damage, comp
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--data", "/no/such/folder"], "/no/such/folder: no such"),
-    (["--batch-size", 0], "argument --batch-size: must be at least 1, got 0"),
-    (["--batch-size", 20000], "--batch-size 20000 is more than the"),
-    (["--image-size", 50], "--image-size 50 is not a multiple of 16; take 48"),
-    (["--batch-size", 50, "--accumulate", 3], "not divisible by 1 processes x --accumulate 3"),
-    (["--lr", "nan"], "argument --lr: must be at least 0, got nan"),
+    (["--batch-size", 0], "argument --batch-size: must be at least 1 and below inf, got 0"),
+    (["--batch-size", 20000], "--batch-size 20000 must be divisible by 1 processes x --accumulate 1, and at most 5700"),
+    (["--batch-size", 50, "--accumulate", 3], "must be divisible by 1 processes x --accumulate 3"),
+    (["--image-size", 50], "--image-size 50 is not a multiple of 16"),
+    (["--lr", "nan"], "argument --lr: must be at least 0 and below inf, got nan"),
     (["--variant", "huge"], "argument --variant: invalid choice: 'huge'"),
-    (["--smoothing", 1.5], "argument --smoothing: must be at least 0 and below 1"),
-    (["--task", "det", "--mixup", 1], "--mixup has no effect on --task det"),
     (["--init", "/no/such/file"], "/no/such/file: no such checkpoint"),
     (["--out", "old"], "--resume continues that run"),
-    (["--out", "old/last.pt"], "old/last.pt/log.jsonl: cannot be written"), (["--out", ""], "not empty"),
+    (["--out", "old/last.pt"], "old/last.pt/last.pt: cannot be written"), (["--out", ""], "must not be empty"),
 ])
 def test_one_line_says_what_is_wrong_with_a_flag(tmp_path, capsys, monkeypatch, checkpoint, arguments, complaint):
     monkeypatch.chdir(tmp_path)
@@ -2193,20 +2121,25 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, monkeyp
 @pytest.mark.parametrize("arguments, complaint", [
     (["--checkpoint", "none.pt"], "no such checkpoint"),
     (["--data", "nowhere"], "nowhere: no such"),
-    (["--data", "."], "2 classes that the model is not trained for: cat, dog"),
+    (["--data", "."], "class folders ['cat', 'dog'] are no classes of the model"),
     (["--batch-size", 0], "--batch-size: must be at least 1"), (["--per-class"], "for the dense tasks"),
-    (["--images", "."], "no images in it"),
+    (["--json", "cf.pt"], "cf.pt exists, and is not replaced"), (["--json", "no/a.json"], "no cannot be written"),
     (["--explain", "wolf"], "takes up to two of its classes: disc, ring"),
     (["--checkpoint", "inst.pt", "--explain"], "--explain is for cls"),
-    (["--checkpoint", "inst.pt", "--images", "--per-class"], "pictures are drawn by one process"),
     (["--checkpoint", "inst.pt", "--save-predictions", "found.txt"], "--save-predictions found.txt"),
-    (["--checkpoint", "inst.pt", "--save-predictions", "no/found.json"], "there is no folder no"),
+    (["--checkpoint", "inst.pt", "--save-predictions", "a.json"], "a.json exists, and is not replaced"),
+    (["--checkpoint", "pan.pt", "--save-predictions", "train.json"], "train exists, and is not replaced"),
+    (["--checkpoint", "sem.pt", "--save-predictions", "train"], "train exists, and is not replaced"),
     (["--checkpoint", "inst.pt"], "classes that shapes do not have; give --data"),
 ])
 def test_one_line_says_why_nothing_is_evaluated_or_drawn(folder, capsys, monkeypatch, checkpoint, arguments, complaint):
     monkeypatch.chdir(folder)
-    saved_checkpoint("inst.pt", "inst")
-    assert complaint in failure(evaluation, capsys, "--checkpoint", checkpoint, *arguments)
+    for task in ("inst", "pan", "sem"):
+        saved_checkpoint(f"{task}.pt", task)
+    shutil.copy(checkpoint, "cf.pt"), (folder / "a.json").write_text("{}")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert complaint in failure(evaluation, capsys, "--checkpoint", "cf.pt", *arguments)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
 
 
 def readme(language):
@@ -2246,18 +2179,9 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "cls").mkdir(parents=True)
     saved_checkpoint(tmp_path / "runs" / "cls" / "last.pt", "cls")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save("photo.jpg")
-    first, loop, detector = readme("python")
-    assert len(loop.splitlines()) <= 12 and len(detector.splitlines()) <= 20
-    exec(first, {})
+    exec(readme("python")[0], {})
     printed = capsys.readouterr().out
     assert any(name in printed for name in data.THINGS) and "torch.Size([1, 8, 2, 6]) torch.Size([2, 3])" in printed
-    names = {}
-    exec(detector.replace('"tiny"', '"nano"'), names)
-    small = names["FasterRCNN"](names["Maps"](), 5, min_size=64, rpn_anchor_generator=names["anchors"])
-    target = dict(boxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]]), labels=torch.tensor([3]))
-    losses = small.train()([torch.rand(3, 64, 64)], [target])
-    sum(losses.values()).backward()
-    assert all(loss.isfinite() for loss in losses.values()) and len(small.eval()([torch.rand(3, 64, 64)])) == 1
 
 
 def test_the_module_copied_alone_learns_boxes_and_masks(tmp_path):

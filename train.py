@@ -3,9 +3,7 @@
 
     torchrun train.py --task cls                                          # built-in shapes, minutes on a CPU
     torchrun train.py --task det                                          # also inst, sem, pan
-
-    On two CPU cores, own images, DIR/{train,val}/<class>/, and own objects, in COCO's layout:
-    torchrun --nproc_per_node=2 train.py --task cls --data DIR --out runs/mine
+    torchrun --nproc_per_node=2 train.py --task cls --data DIR --out runs/mine    # own images, two CPU cores
     torchrun --nproc_per_node=2 train.py --task inst --data DIR --init runs/inst/last.pt --out runs/mine
 
     torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR   # the full recipe on eight GPUs
@@ -17,9 +15,9 @@
 
 A setting that is not given comes from the run that is resumed, from --init (variant, patch size and T), or
 from the recipe of the task and the data: shapes; fewer than 10,000 training images; or the full scale of
-ImageNet, COCO and ADE20K.  The run prints all of them.  It writes OUT/last.pt, OUT/best.pt, OUT/metrics.json
-and OUT/log.jsonl, a line per epoch.  However it is stopped, --resume continues it from OUT/last.pt, and on a
-CPU it ends with the weights of a run that was never stopped.
+ImageNet, COCO and ADE20K.  It writes OUT/last.pt, OUT/metrics.json, and OUT/log.jsonl, a line per epoch.
+However it is stopped, --resume continues it from OUT/last.pt, and on a CPU it ends with the weights of a run
+that was never stopped.
 """
 
 import argparse
@@ -41,29 +39,30 @@ from tqdm import tqdm
 
 from clusterformer import TASKS, VARIANTS, VERSION, ClusterFormer
 from data import GlobalBatches, InputError, Parser, SkipBroken, as_float, batches_of, count_images
-from data import default_workers, in_one_line, make_dataset, mix, number, stacked, start_processes, to_json
-from eval import METRIC, describe, evaluate, read_checkpoint
+from data import default_workers, expect, in_one_line, make_dataset, mix, number, stacked, start_processes
+from data import to_json
+from eval import describe, evaluate, read_checkpoint
 
 # --------------------------------------------------------------------------------------------------
-# Recipes.  Every key is a flag
+# Recipes.  Settings without a flag are changed here
 # --------------------------------------------------------------------------------------------------
-CLS = dict(variant="nano", patch_size=2, image_size=48, test_size=None, epochs=5, batch_size=64, lr=3e-3)
-CLS |= dict(schedule="cosine", warmup_epochs=1.0, clip=5.0, drop_path=0.0, ema=0.99, evaluate_every=5)
-CLS |= dict(backbone_rate=1.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0, erasing=0.0)
-CLS |= dict(min_scale=0.08, color=0.0)
+CLS = dict(
+    variant="nano", patch_size=2, image_size=48, test_size=None, epochs=5, batch_size=64, lr=3e-3,
+    backbone_rate=1.0, schedule="cosine", warmup_epochs=1.0, clip=5.0, drop_path=0.0, ema=0.99,
+    evaluate_every=5, min_scale=0.08, color=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0,
+    erasing=0.0,
+)  # fmt: skip
 DENSE = CLS | dict(image_size=96, patch_size=4, epochs=4, batch_size=8, warmup_epochs=0.3, ema=0.995)
-DENSE |= dict(evaluate_every=1)
+DENSE["evaluate_every"] = 1
 FULL = CLS | dict(variant="tiny", patch_size=4, drop_path=None, ema=0.9999, evaluate_every=1)
 # Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
 IMAGENET = FULL | dict(image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
 IMAGENET |= dict(smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
-COCO = FULL | dict(image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, clip=0.1)
-# Mask2Former scales by 0.1 to 2.  Here centers start from 10 x 10 cells of the crop: an image at a scale
-# of 0.5 covers about 19 of them, and one at 0.1 covers one.  From 0.5 on, padding is 22 % of the crops, not
-# 36 %.
-COCO |= dict(schedule="step", warmup_epochs=0.1, evaluate_every=5, min_scale=0.5)
 # A backbone from ImageNet should keep its features while neck and decoder are still random.
-COCO |= dict(backbone_rate=0.1)
+COCO = FULL | dict(image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, backbone_rate=0.1)
+# Mask2Former scales by 0.1 to 2.  Here centers start from 10 x 10 cells of the crop: an image at a scale
+# of 0.5 covers about 19 of them, one at 0.1 covers one.  From 0.5 on, 22 % of the crops is padding, not 36 %.
+COCO |= dict(schedule="step", warmup_epochs=0.1, clip=0.1, evaluate_every=5, min_scale=0.5)
 ADE20K = COCO | dict(image_size=512, test_size=512, epochs=127, schedule="poly", warmup_epochs=1.0, color=1.0)
 SMALL = 10_000  # training images; fewer take a recipe of their own
 
@@ -75,14 +74,14 @@ def small_recipe(task, count, patch_size):
     them.  So the fewer images, the more epochs; and steps count more, by a higher rate, also of a
     backbone from --init, and a shorter average.  Nano and small images fit a CPU, and overfit less.
     """
-    recipe = CLS | dict(patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3, ema=0.995)
     unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
+    recipe = CLS | dict(patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3, ema=0.999)
     if task == "cls":
-        recipe |= dict(image_size=4 * unit, test_size=6 * unit, batch_size=64, ema=0.999)
-        recipe |= dict(epochs=min(300, max(30, 410_000 // count)), smoothing=0.1, min_scale=0.2, randaugment=9)
+        recipe |= dict(image_size=4 * unit, test_size=6 * unit, epochs=min(300, max(30, 410_000 // count)))
+        recipe |= dict(smoothing=0.1, min_scale=0.2, randaugment=9)
     else:
-        recipe |= dict(image_size=8 * unit, test_size=8 * unit, batch_size=8)
-        recipe |= dict(epochs=max(12, math.ceil(9_000 / count)), min_scale=0.5, color=1.0)
+        recipe |= dict(image_size=8 * unit, test_size=8 * unit, epochs=max(12, math.ceil(9_000 / count)))
+        recipe |= dict(batch_size=8, ema=0.995, min_scale=0.5, color=1.0)
     while recipe["batch_size"] > count:
         recipe["batch_size"] //= 2
     return recipe | dict(warmup_epochs=round(recipe["epochs"] / 30, 1))
@@ -111,41 +110,31 @@ SCHEDULES = {
 def make_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    whole, real = (lambda *limits, kind=kind: number(kind, *limits) for kind in (int, float))
     add("--task", choices=TASKS, default="cls", help="of images, boxes, masks, pixels, things and stuff")
     add("--data", metavar="DIR", help="class folders (cls), COCO, ADE20K (sem); none: shapes")
     add("--out", metavar="DIR", help="folder of checkpoints and logs (default: runs/TASK)")
     add("--init", metavar="FILE", help="checkpoint whose weights are loaded where they fit")
     add("--resume", action="store_true", help="continue from OUT/last.pt, with its settings, if it exists")
-    add("--checkpoint-every", type=real(0), default=10.0, help="minutes between checkpoints (default: 10)")
-    add("--seed", type=whole(0, 2**63), default=0, help="of initial weights, order and augmentation (default: 0)")
-    add("--workers", type=whole(0), help="loader processes per process (default: spare cores, at most 16)")
-    add("--accumulate", type=whole(1), default=1, help="passes per step, to save memory (default: 1)")
+    add("--checkpoint-every", type=number(float, 0), default=10.0, help="minutes between checkpoints (10)")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="of weights, order and augmentation (0)")
+    add("--workers", type=number(int, 0), help="loader processes per process (spare cores, at most 16)")
+    add("--accumulate", type=number(int, 1), default=1, help="passes per step, to save memory (1)")
     add("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
-    add("--iterations", type=whole(1), default=3, help="T, EM iterations of each clustering (default: 3)")
-    add("--weight-decay", type=real(0), default=0.05, help="of matrices and kernels (default: 0.05)")
+    add("--iterations", type=number(int, 1), default=3, help="T, EM iterations of each clustering (3)")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="of matrices and kernels (0.05)")
     add = parser.add_argument_group("in the recipe, unless given").add_argument
     add("--variant", choices=VARIANTS, help="size of the model")
     add("--patch-size", type=int, choices=(2, 4), help="pixels per side of a token; 2 for small images")
-    add("--image-size", type=whole(32), help="pixels per side of training images or crops")
-    add("--test-size", type=whole(32), help="pixels per side, or of the short side, in evaluation")
-    add("--epochs", type=whole(1), help="passes over the images")
-    add("--batch-size", type=whole(1), help="images per step, over all processes")
-    add("--lr", type=real(0), help="peak learning rate; that of the recipe is scaled with --batch-size")
-    add("--backbone-rate", type=real(0), help="with --init: rate of the backbone, as a multiple of --lr")
-    add("--schedule", choices=SCHEDULES, help="step: 0.1 from 90 %%, 0.01 from 95 %% of the steps")
-    add("--warmup-epochs", type=real(0), help="epochs over which the learning rate rises")
-    add("--clip", type=real(0), help="maximum norm of the gradient; 0: do not clip")
-    add("--drop-path", type=real(0, 1), help="stochastic depth of the last block")
-    add("--ema", type=real(0, 1), help="decay of the averaged weights, which evaluation uses")
-    add("--evaluate-every", type=whole(1), help="epochs between evaluations; the last epoch always has one")
-    add("--min-scale", type=real(0.01, 1), help="smallest crop, a part of the area; dense: smallest size")
-    add("--color", type=real(0, 2), help="dense tasks: strength of random colors; 1 is usual")
-    add("--smoothing", type=real(0, 1), help="cls: label smoothing")
-    add("--mixup", type=real(0), help="cls: alpha of mixup; 0: none")
-    add("--cutmix", type=real(0), help="cls: alpha of cutmix; 0: none")
-    add("--randaugment", type=number(int, 0, 31), help="cls: magnitude of RandAugment; 0: none")
-    add("--erasing", type=real(0, 1), help="cls: probability of erasing a rectangle")
+    add("--image-size", type=number(int, 32), help="pixels per side of training images or crops")
+    add("--test-size", type=number(int, 32), help="pixels per side, or of the short side, in evaluation")
+    add("--epochs", type=number(int, 1), help="passes over the images")
+    add("--batch-size", type=number(int, 1), help="images per step, over all processes")
+    add("--lr", type=number(float, 0), help="peak learning rate; the recipe's is scaled with --batch-size")
+    add("--warmup-epochs", type=number(float, 0), help="epochs over which the learning rate rises")
+    add("--clip", type=number(float, 0), help="maximum norm of the gradient; 0: do not clip")
+    add("--drop-path", type=number(float, 0, 1), help="stochastic depth of the last block")
+    add("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which evaluation uses")
+    add("--evaluate-every", type=number(int, 1), help="epochs between evaluations; the last epoch has one")
     return parser
 
 
@@ -153,27 +142,24 @@ def parse_settings():
     """Settings: flags, else those of the run that is resumed, of --init, and of the recipe."""
     parser = make_parser()
     given = parser.parse_args()
-    if "" in (given.data, given.out, given.init):
-        raise InputError("--data, --out and --init need a name that is not empty")
-    last = os.path.join(given.out or os.path.join("runs", given.task), "last.pt")
-    best = os.path.join(os.path.dirname(last), "best.pt")
-    if os.path.exists(best) and not os.path.exists(last):
-        raise InputError(f"{best} is there without last.pt, and would be replaced; give another --out")
+    expect("" not in (given.data, given.out, given.init), "--data, --out and --init must not be empty")
+    out, recipe = given.out or os.path.join("runs", given.task), {}
+    last, saved = os.path.join(out, "last.pt"), {}
     if os.path.exists(last):
-        if not given.resume:
-            raise InputError(f"{last} exists: --resume continues that run, --out DIR starts another")
-        parser.set_defaults(**read_checkpoint(last)["settings"])
+        expect(given.resume, f"{last} exists: --resume continues that run, --out DIR starts another")
+        saved = read_checkpoint(last)["settings"]
+        parser.set_defaults(**saved)
     else:
-        theirs = read_checkpoint(given.init)["arguments"] if given.init else {}
-        theirs = {name: theirs[name] for name in ("variant", "patch_size", "iterations") if name in theirs}
+        model = read_checkpoint(given.init)["arguments"] if given.init else {}
+        model = {name: model[name] for name in ("variant", "patch_size", "iterations") if model}
         count = count_images(given.task, given.data, SMALL) if given.data else SMALL
-        recipe = recipe_of(given.task, given.data, count, given.patch_size or theirs.get("patch_size", 4))
-        parser.set_defaults(**recipe | theirs | dict(lr=None))
+        recipe = recipe_of(given.task, given.data, count, given.patch_size or model.get("patch_size", 4))
+        parser.set_defaults(**recipe | model | dict(lr=None))
     settings = parser.parse_args()
-    task = parser.get_default("task")
-    if settings.task != task and os.path.exists(last):
-        raise InputError(f"{last} is of a run of --task {task}; --out DIR starts another")
-    settings.out, settings.resume = os.path.dirname(last), given.resume
+    task = saved.get("task", settings.task)
+    expect(task == settings.task, f"{last} is of a run with task {task}; --out DIR starts another")
+    settings.out, settings.resume = out, given.resume
+    settings.data = settings.data and os.path.abspath(settings.data)
     if settings.lr is None:
         settings.lr = recipe["lr"] * settings.batch_size / recipe["batch_size"]
     if settings.drop_path is None:
@@ -181,23 +167,16 @@ def parse_settings():
     if settings.workers is None:
         settings.workers = default_workers()
     settings.test_size = settings.test_size or settings.image_size
-    settings.data = settings.data and os.path.abspath(settings.data)
-    check_settings(settings, given)
     return settings
 
 
-def check_settings(settings, given):
+def check_settings(settings):
     """Raise InputError for settings that do not fit each other."""
-    stride = 8 * settings.patch_size
-    if settings.image_size % stride:
-        side = max(stride, settings.image_size // stride * stride)
-        raise InputError(f"--image-size {settings.image_size} is not a multiple of {stride}; take {side}")
-    for name in ("smoothing", "mixup", "cutmix", "randaugment", "erasing", "color"):
-        if getattr(given, name) and (settings.task == "cls") == (name == "color"):
-            raise InputError(f"--{name} has no effect on --task {settings.task}; leave it out")
+    size, stride = settings.image_size, 8 * settings.patch_size
+    expect(size % stride == 0, f"--image-size {size} is not a multiple of {stride}")
     chunk = settings.batch_size // settings.accumulate // int(os.environ.get("WORLD_SIZE", 1))
-    if settings.mixup + settings.cutmix and chunk < 2:
-        raise InputError("--mixup and --cutmix mix the images of a chunk, which has one; raise --batch-size")
+    mixes = settings.mixup + settings.cutmix
+    expect(chunk > 1 or not mixes, "mixup and cutmix mix the images of a chunk, and it has one; raise --batch-size")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,28 +186,26 @@ def take_weights(model, path):
     """Load the averaged weights that fit by name and shape.  Returns the names of the model's others."""
     theirs, ours = read_checkpoint(path)["ema"], model.state_dict()
     fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
-    if not any(name.startswith("backbone.stages") for name in fitting):
-        raise InputError(f"{path}: its backbone does not fit; give the --variant it was trained with")
+    fits = any(name.startswith("backbone.stages") for name in fitting)
+    expect(fits, f"{path}: its backbone does not fit; give the --variant it was trained with")
     return model.load_state_dict(fitting, strict=False).missing_keys
 
 
 def parameter_groups(model, weight_decay, backbone_rate):
-    """Groups for the optimizer.  "rate" multiplies the learning rate: backbone_rate or 1.
-
-    Only matrices and kernels decay: there is no reason for a norm, bias or scale to be near zero.
-    """
+    """Groups for the optimizer.  "rate" multiplies the learning rate: backbone_rate or 1."""
     groups = {}
     for name, parameter in model.named_parameters():
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decay = weight_decay if parameter.ndim > 1 else 0.0  # a norm, bias or scale need not be near zero
         rate = backbone_rate if name.startswith("backbone.") else 1.0
         groups.setdefault((decay, rate), []).append(parameter)
     return [dict(params=params, weight_decay=decay, rate=rate) for (decay, rate), params in groups.items()]
 
 
-def learning_rate(step, steps, warmup_steps, peak, schedule):
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps))
+def learning_rate(settings, step, steps_per_epoch):
+    warmup, steps = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    return settings.lr * SCHEDULES[settings.schedule]((step - warmup) / max(1, steps - warmup))
 
 
 def batch_to_device(value, device):
@@ -282,96 +259,72 @@ class Run:
         self.last = os.path.join(settings.out, "last.pt")
         self.steps_per_epoch = max(1, len(train) // settings.batch_size)
         self.steps = settings.epochs * self.steps_per_epoch
-        self.step, self.log, self.sums = 0, [], {}  # steps done; a dictionary per epoch; losses of this epoch
+        self.step, self.log, self.sums = 0, [], {}  # steps done; a line per epoch; losses of this epoch
         self.bad_steps = 0  # consecutive steps without a finite loss or gradient
         self.stop_signals = []  # exit codes of the signals received
         torch.manual_seed(settings.seed)
-        self.model = ClusterFormer(
-            settings.task,
-            settings.variant,
-            len(train.classes),
-            settings.patch_size,
-            settings.iterations,
-            settings.drop_path,
-            settings.smoothing,
-            getattr(train, "things", None),
-        )
-        checkpoint, new = None, []
-        if settings.resume and os.path.exists(self.last):
-            checkpoint = self.same_run(read_checkpoint(self.last))
-            self.model.load_state_dict(checkpoint["model"])
-            self.step, self.log, self.sums = (checkpoint[name] for name in ("step", "log", "sums"))
-        elif settings.init:
-            new = take_weights(self.model, settings.init)
-        self.model.to(device)
+        model = [settings.task, settings.variant, len(train.classes), settings.patch_size, settings.iterations]
+        self.model = ClusterFormer(*model, settings.drop_path, settings.smoothing, train.things).to(device)
+        new = take_weights(self.model, settings.init) if settings.init else []
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         backbone_rate = settings.backbone_rate if settings.init else 1.0
         groups = parameter_groups(self.model, settings.weight_decay, backbone_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        if checkpoint:
-            self.ema.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if settings.resume and os.path.exists(self.last):
+            self.load(read_checkpoint(self.last))
         self.runner = torch.compile(self.model) if settings.compile else self.model
         if world_size > 1:  # gradients share memory with the buckets that are exchanged
             gpu = [device.index] if device.type == "cuda" else None
             self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
-            self.introduce(new)
+            for name, data in ("training", train), ("validation", val):
+                print(f"{name} data: {len(data)} images, {len(data.classes)} classes{data.note}")
+            print(f"settings: {to_json(vars(settings))}")
+            size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+            print(f"{size:.1f} M parameters, {self.steps} steps on {world_size} x {device.type}")
+            if settings.resume:
+                print(f"resumed after step {self.step}" if self.step else f"{self.last} is not there: a new run")
+            elif new:
+                modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+                print(f"{settings.init} has no fitting weights of {', '.join(modules)}")
 
-    def same_run(self, checkpoint):
-        """A checkpoint.  Raises InputError unless it has the classes, images and batches of this run."""
-        batch_size = checkpoint["settings"]["batch_size"]
-        compared = dict(batch_size=(batch_size, self.settings.batch_size))
-        compared |= dict(images=(checkpoint["images"], len(self.train)))
-        compared |= dict(classes=(checkpoint["classes"], list(self.train.classes)))
-        for name, (before, now) in compared.items():
-            if before != now:
-                change = f"with {name} {str(before)[:40]}, not {str(now)[:40]}"
-                may = "--epochs, --lr, --workers and processes may change; --init starts anew from it"
-                raise InputError(f"{self.last} is of a run {change}; {may}")
-        return checkpoint
+    def load(self, checkpoint):
+        """Continue from a checkpoint.  Raises InputError if its model, images or batches are others."""
+        theirs = checkpoint["settings"] | {name: checkpoint[name] for name in ("classes", "images")}
+        ours = vars(self.settings) | dict(classes=list(self.train.classes), images=len(self.train))
+        for name in ("variant", "patch_size", "iterations", "classes", "images", "batch_size"):
+            change = f"with {name} {str(theirs[name])[:40]}, not {str(ours[name])[:40]}"
+            may = "--epochs, --lr, --workers and processes may change; --init starts anew from it"
+            expect(theirs[name] == ours[name], f"{self.last} is of a run {change}; {may}")
+        self.model.load_state_dict(checkpoint["model"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step, self.log, self.sums = (checkpoint[name] for name in ("step", "log", "sums"))
 
-    def introduce(self, new):
-        settings, size = self.settings, sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        print(f"training data: {self.train.summary()}\nvalidation data: {self.val.summary()}")
-        if settings.resume and not self.step:
-            print(f"{self.last} is not there yet: this is a new run")
-        given = {name: value for name, value in vars(settings).items() if value is not None and value is not False}
-        print(*(f"--{name.replace('_', '-')} {value}" for name, value in given.items()))
-        steps = f"after step {self.step} of {self.steps} steps" if self.step else f"{self.steps} steps"
-        print(f"{size:.1f} M parameters, {steps} on {self.world_size} x {self.device.type}")
-        if new:
-            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
-            print(f"{settings.init} has no fitting weights of {', '.join(modules)}")
-
-    def lr_at(self, step):
-        warmup_steps = self.settings.warmup_epochs * self.steps_per_epoch
-        return learning_rate(step, self.steps, warmup_steps, self.settings.lr, self.settings.schedule)
-
-    def done_in_epoch(self):
-        return self.step - len(self.log) * self.steps_per_epoch
-
-    def all_reduce(self, tensor):
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    def write_checkpoint(self):
+        state = dict(version=VERSION, arguments=self.model.arguments, classes=list(self.train.classes))
+        state |= dict(settings=vars(self.settings), images=len(self.train), step=self.step, log=self.log)
+        state |= dict(sums=self.sums, model=self.model.state_dict(), ema=self.ema.state_dict())
+        state |= dict(optimizer=self.optimizer.state_dict())
+        save(self.last, lambda file: torch.save(state, file))
 
     def write_text(self, name, text):
         save(os.path.join(self.settings.out, name), lambda file: file.write(text.encode()))
-
-    def write_checkpoint(self, name):
-        state = dict(version=VERSION, arguments=self.model.arguments, classes=list(self.train.classes))
-        state |= dict(model=self.model.state_dict(), ema=self.ema.state_dict())
-        state |= dict(optimizer=self.optimizer.state_dict(), settings=vars(self.settings))
-        state |= dict(images=len(self.train))
-        state |= dict(step=self.step, log=self.log, sums=self.sums)
-        save(os.path.join(self.settings.out, name), lambda file: torch.save(state, file))
 
     def leave(self, code):
         if self.rank == 0:
             how = f"--out {self.settings.out} --resume continues from there"
             print(f"stopped after step {self.step} of {self.steps}; {how}", file=sys.stderr)
         sys.exit(code)
+
+    def all_reduce(self, tensor):
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def means(self):
+        """Mean losses of this epoch's steps so far, without those that were skipped."""
+        return {name: value / self.sums["steps"] for name, value in self.sums.items() if name != "steps"}
 
     def gradients(self, chunks):
         """Backward passes of this process's part of a batch.  Returns its losses, a dictionary."""
@@ -398,7 +351,8 @@ class Run:
 
     def train_step(self, chunks):
         """One optimizer step.  Returns nonzero if any process has received a stop signal."""
-        settings, lr = self.settings, self.lr_at(self.step)
+        settings = self.settings
+        lr = learning_rate(settings, self.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
         # Seeded by step: a resumed run draws the same stochastic depth and mask points.
@@ -419,42 +373,35 @@ class Run:
             self.bad_steps = 0
         else:
             self.bad_steps += 1
+            what = f"step {self.step + 1} is skipped: its loss or gradient is not finite"
             if self.rank == 0:
-                print(f"step {self.step + 1} is skipped: loss or gradient is not finite", file=sys.stderr)
-            if self.bad_steps == MAX_BAD_STEPS:
-                what = f"not finite in {MAX_BAD_STEPS} steps in a row, up to step {self.step + 1}"
-                remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
-                raise InputError(f"loss or gradient was {what}: {remedy}; {self.last} is from before")
+                print(what, file=sys.stderr)
+            remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
+            what += f", as {MAX_BAD_STEPS} in a row: {remedy}; {self.last} is from before"
+            expect(self.bad_steps < MAX_BAD_STEPS, what)
         self.optimizer.zero_grad()
         self.step += 1
         return stop
 
-    def means(self):
-        """Mean losses of this epoch's steps so far, but of those that were skipped."""
-        losses = {name: value for name, value in self.sums.items() if name != "steps"}
-        return {name: value / self.sums["steps"] for name, value in losses.items()}
-
-    def end_epoch(self, seconds, images_per_second):
-        """Evaluate, log and save."""
-        settings, metrics, key = self.settings, {}, METRIC[self.settings.task]
+    def end_epoch(self, started, first_step):
+        """Evaluate, log and save.  started, first_step: time and step when it began, or was resumed."""
+        settings, epoch, metrics = self.settings, len(self.log) + 1, {}
+        seconds = time.time() - started
         if self.rank == 0:
-            self.write_checkpoint("last.pt")
-        if (len(self.log) + 1) % settings.evaluate_every == 0 or self.step == self.steps:
+            self.write_checkpoint()
+        if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
             on_signals(self.leave)  # at once: an evaluation may take minutes, and nothing is lost
             # Photographs of the dense tasks are large, and each has its own size.
             one = settings.task != "cls" and settings.data
             batch_size = 1 if one else max(1, settings.batch_size // self.world_size)
-            metrics = evaluate(self.ema, self.val, self.device, batch_size, settings.workers)
+            metrics, _ = evaluate(self.ema, self.val, self.device, batch_size, settings.workers)
             on_signals(self.stop_signals.append)
         losses = self.means()
-        line = dict(epoch=len(self.log) + 1, step=self.step, loss=sum(losses.values()) if losses else None)
-        line |= dict(lr=self.lr_at(self.step - 1)) | metrics
-        line |= dict(images_per_second=images_per_second, seconds=seconds)
-        line |= {f"loss_{name}": value for name, value in losses.items() if len(losses) > 1}
+        line = dict(epoch=epoch, step=self.step, loss=sum(losses.values()) if losses else None) | metrics
+        line |= dict(losses=losses, seconds=seconds)
+        line |= dict(images_per_second=(self.step - first_step) * settings.batch_size / seconds)
         if self.device.type == "cuda":
             line["memory_MiB"] = torch.cuda.max_memory_allocated() / 2**20
-        earlier = [line[key] for line in self.log if key in line]
-        improved = metrics and metrics[key] > max([-1.0, *earlier])
         self.log.append(line)
         self.sums = {}
         if self.rank:
@@ -462,49 +409,44 @@ class Run:
         if metrics:
             self.write_text("metrics.json", to_json(metrics, indent=2))
         self.write_text("log.jsonl", "".join(to_json(line) + "\n" for line in self.log))
-        if improved:
-            self.write_checkpoint("best.pt")
-        self.write_checkpoint("last.pt")  # comes last: a run killed before it repeats all of this
-        found = describe(metrics, settings.task) + "  " if metrics else ""
-        loss, speed = f"loss {line['loss']:.3f}" if losses else "no finite loss", f"{images_per_second:.0f} images/s"
-        tqdm.write(f"epoch {len(self.log)}/{settings.epochs}  {loss}  {found}{speed}")
+        self.write_checkpoint()  # comes last: a run killed before it repeats all of this
+        found = describe(metrics, settings.task) if metrics else ""
+        loss = f"loss {line['loss']:.3f}" if losses else "no finite loss"
+        tqdm.write(f"epoch {epoch}/{settings.epochs}  {loss}  {found}  {line['images_per_second']:.0f} images/s")
 
     def loop(self, stream):
         """The remaining steps.  stream: chunks of this process, in order."""
-        settings, start, start_step, saved = self.settings, time.time(), self.step, time.time()
+        settings, started, first_step, saved = self.settings, time.time(), self.step, time.time()
         on_signals(self.stop_signals.append)  # the current step is finished first
-        if self.rank == 0:  # can it be written?
-            self.write_text("log.jsonl", "".join(to_json(line) + "\n" for line in self.log))
-        with tqdm(total=self.steps, initial=self.step, disable=True if self.rank else None) as bar:
-            while True:
-                seconds = max(time.time() - start, 1e-9)
-                speed = (self.step - start_step) * settings.batch_size / seconds
-                if self.done_in_epoch() == self.steps_per_epoch:
-                    self.end_epoch(seconds, speed)
-                    start, start_step, saved = time.time(), self.step, time.time()
-                if self.step >= self.steps:
-                    return
-                stop = self.train_step([next(stream) for _ in range(settings.accumulate)])
-                bar.update()
-                if self.step % 10 == 0:
-                    loss, lr = sum(self.means().values()), self.lr_at(self.step - 1)
-                    bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
-                # Not during bad steps: they may end the run, and resuming in them would not help.
-                due = time.time() - saved > 60 * settings.checkpoint_every
-                if self.rank == 0 and not self.bad_steps and (stop or due):
-                    self.write_checkpoint("last.pt")
-                    saved = time.time()
-                if stop:
-                    self.leave(max(self.stop_signals, default=128 + signal.SIGTERM))
+        if self.rank == 0:
+            self.write_checkpoint()  # can it be written?  A second run sees that this one is here
+        bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=True if self.rank else None)
+        while len(self.log) < settings.epochs:
+            if self.step == (len(self.log) + 1) * self.steps_per_epoch:
+                self.end_epoch(started, first_step)
+                started, first_step, saved = time.time(), self.step, time.time()
+                continue
+            stop = self.train_step([next(stream) for _ in range(settings.accumulate)])
+            bar.update()
+            if self.step % 10 == 0:
+                bar.set_postfix(loss=sum(self.means().values()))
+            # Not during bad steps: they may end the run, and resuming in them would not help.
+            due = time.time() - saved > 60 * settings.checkpoint_every
+            if self.rank == 0 and not self.bad_steps and (stop or due):
+                self.write_checkpoint()
+                saved = time.time()
+            if stop:
+                self.leave(max(self.stop_signals, default=128 + signal.SIGTERM))
+        bar.close()
 
 
 def main():
     settings = parse_settings()
+    check_settings(settings)
     rank, world_size, device = start_processes()
-    task, data, seed, size = settings.task, settings.data, settings.seed, settings.image_size
-    augmentation = dict(least=settings.min_scale, color=settings.color)
-    augmentation |= dict(randaugment=settings.randaugment, erasing=settings.erasing)
-    train = make_dataset(task, data, "train", size, seed, **augmentation)
+    task, data, seed = settings.task, settings.data, settings.seed
+    augmentation = settings.min_scale, settings.color, settings.randaugment, settings.erasing
+    train = make_dataset(task, data, "train", settings.image_size, seed, None, *augmentation)
     val = make_dataset(task, data, "val", settings.test_size, classes=train.classes)
     run = Run(settings, train, val, rank, world_size, device)
     split = settings.batch_size, run.steps, seed, rank, world_size, settings.accumulate, run.step
