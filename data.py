@@ -119,6 +119,41 @@ def default_workers():
     return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
 
 
+class Packed:
+    """A long list of small Python objects in two arrays.
+
+    Workers share their parent's memory until it is written to.  Even reading a Python object writes
+    to its reference count, so every worker would end up with its own copy of a million annotations.
+    """
+
+    def __init__(self, items):
+        packed = [pickle.dumps(item, -1) for item in items]
+        self.ends = np.cumsum([0] + [len(item) for item in packed])
+        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]])
+
+
+class Images(Dataset):
+    """What all data sets share.
+
+    `classes` are names.  A row of `images` is the name of an image, its number in the files, and what
+    else belongs to it.  `things` says which classes are countable (pan), `note` what is not used.
+    """
+
+    folder, things, note = "", None, ""
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, index):
+        return os.path.join(self.folder, self.images[index][0])
+
+
 # --------------------------------------------------------------------------------------------------
 # Shapes: scenes with things, stuff, occlusion and texture, drawn in about a millisecond
 # -------------------------------------------------------------------------------------------------
@@ -231,10 +266,8 @@ def indexed(**tables):
     return coco
 
 
-class Shapes(Dataset):
+class Shapes(Images):
     """Scenes drawn from (seed, epoch, index); validation scenes depend only on the index."""
-
-    note = ""
 
     def __init__(self, length, size, seed, split, task="cls"):
         self.size, self.seed, self.split, self.task = size, seed, split, task
@@ -242,12 +275,6 @@ class Shapes(Dataset):
         self.classes = [*THINGS, *(STUFF if task in ("sem", "pan") else ())]
         self.things = [name in THINGS for name in self.classes]
         self.categories = list(range(1, len(self.classes) + 1))
-
-    def __len__(self):
-        return len(self.images)
-
-    def name(self, index):
-        return self.images[index][0]
 
     def scene(self, epoch, index):
         """Image, uint8 (3, size, size), list of (class, mask: bool (size, size)), and label (cls)."""
@@ -378,10 +405,8 @@ def folder_of(root, split):
     return other if split == "val" and not os.path.isdir(path) and os.path.isdir(other) else path
 
 
-class Folder(Dataset):
+class Folder(Images):
     """DIR/<split>/<class>/*.jpg.  classes: list of names in order of their labels; None: as found."""
-
-    things, note = None, ""
 
     def __init__(self, root, split, transform, seed=0, classes=None):
         folder = folder_of(root, split)
@@ -396,20 +421,14 @@ class Folder(Dataset):
             samples = image_folder.make_dataset(folder, labels, is_valid_file=shown)
         except FileNotFoundError as error:
             raise InputError(f"{folder}: {str(error).strip(' .')}; remove it, or add some") from error
-        self.paths = np.array([os.fsencode(path) for path, _ in samples])  # an array: see Packed
-        self.labels = np.array([label for _, label in samples])
-
-    def __len__(self):
-        return len(self.paths)
-
-    def name(self, index):
-        return os.fsdecode(self.paths[index])
+        self.images = Packed(samples)
 
     def __getitem__(self, key):
         """key: (epoch, index).  Returns the image, uint8 (3, size, size), and its label, an int."""
-        image = load_image(self.name(key[1]))
+        path, label = self.images[key[1]]
+        image = load_image(path)
         with seeded(self.seed, *key):
-            return self.transform(image), int(self.labels[key[1]])
+            return self.transform(image), label
 
 
 # --------------------------------------------------------------------------------------------------
@@ -492,11 +511,8 @@ def target_of(labels, boxes, masks, size):
     return target if masks is None else target | dict(masks=masks[whole])
 
 
-class Dense(Dataset):
-    """What Coco and Ade share.
-
-    `classes` are names, `things` says which are countable, and `categories` are their numbers in the
-    files.  A row of `images` is file name, number, and size (Coco) or label map (Ade).
+class Dense(Images):
+    """What Coco and Ade share.  `categories` are the numbers of the classes in the files.
 
     In training, data[epoch, index] is a crop, uint8 (3, size, size), and its target, a dictionary:
         labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
@@ -505,12 +521,6 @@ class Dense(Dataset):
     In evaluation, it has the image's `index` and its `size` (H, W) in the file.  The ground
     truth comes from coco() for det and inst, label_map(index) for sem, segments(index) for pan.
     """
-
-    def __len__(self):
-        return len(self.images)
-
-    def name(self, index):
-        return os.path.join(self.folder, self.images[index][0])
 
     def __getitem__(self, key):
         path = self.name(key[1])
@@ -529,25 +539,6 @@ def need_size(path, size, other, whose):
     """Raise InputError unless two sizes (H, W) are equal."""
     sides = f"{size[1]} x {size[0]} pixels upright, {whose} has {other[1]} x {other[0]}"
     expect(tuple(size) == tuple(other), f"{path}: {sides}; correct or remove one")
-
-
-class Packed:
-    """A long list of small Python objects in two arrays.
-
-    Workers share their parent's memory until it is written to.  Even reading a Python object writes
-    to its reference count, so every worker would end up with its own copy of a million annotations.
-    """
-
-    def __init__(self, items):
-        packed = [pickle.dumps(item, -1) for item in items]
-        self.ends = np.cumsum([0] + [len(item) for item in packed])
-        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]])
 
 
 def run_lengths_of(mask, size):
@@ -718,8 +709,6 @@ class Ade(Dense):
     DIR/annotations/{training,validation}/*.png    gray or palette: classes from 1; 0 and 255 are void
     DIR/objectInfo150.txt                          class names, at the ends of rows, after a tab; optional
     """
-
-    things, note = None, ""
 
     def __init__(self, root, split, task, transform, seed=0, classes=None):
         self.split, self.transform, self.seed = split, transform, seed

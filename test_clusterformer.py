@@ -40,7 +40,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import tv_tensors
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
@@ -1033,7 +1032,7 @@ def stripes(*values, names=None):
             pixels = np.resize(np.repeat(values, 10), width)[None].repeat(height, 0)
             Image.fromarray(pixels.astype(np.uint8 if max(values) < 256 else np.uint16)).save(path)
         if names:
-            (root / NAMES).write_text("Idx\tName\n" + "".join(f"{i + 1}\tc{i}\n" for i in range(names)))
+            (root / NAMES).write_text("Idx\tName\n" + "".join(f"{i + 1}\tc{i}, other\n" for i in range(names)))
 
     return change
 
@@ -1098,24 +1097,7 @@ def test_augmentation_keeps_boxes_and_masks_on_their_objects(tmp_path):
             flipped += (target["boxes"][0, 0] > target["boxes"][1, 0]).item()
     assert torch.equal(image, masks[79, 1][0]) and flipped and counts >= {2, 3} and places == {True, False}
     assert min(shares) < 0.3 and max(shares) == 1  # at 0.5, a quarter of what is two thirds of the square
-
-
-@pytest.mark.parametrize("task", DENSE)
-@pytest.mark.parametrize("height, width", [(1080, 1920), (640, 360), (120, 2000)])
-def test_photographs_of_any_shape_become_squares_in_training_and_keep_their_shape_in_evaluation(task, height, width):
-    image, labels = tv_tensors.Image(torch.full((3, height, width), 255, dtype=torch.uint8)), torch.ones(height, width)
-    boxes = [[0, 0, width, height]]
-    for seed in range(5):
-        with data.seeded(seed):
-            parts = ([0], boxes, None) if task == "det" else ({1: 0}, None, labels.byte())
-            crop, target = data.training_sample(image, *parts, data.dense_train_transform(task, 64, 0.5, 0))
-        assert crop.shape == (3, 64, 64) and len(target["labels"]) == 1
-        white = (crop > 200).all(0)
-        if task != "det":  # no part of the padding belongs to a target: it is void
-            assert (target["masks"][0] != white).float().mean() < 0.05
-    resized, ratio = data.dense_eval_transform(task, 64)(image), max(height, width) / min(height, width)
-    assert max(resized.shape) / min(resized.shape[1:]) == pytest.approx(ratio, rel=0.2)
-    assert max(resized.shape) <= 64 * 4
+    assert data.dense_eval_transform("inst", 96)(torch.zeros(3, 108, 192)).shape == (3, 89, 159)  # 1333 of 800
 
 
 MASK = COCO_OBJECTS[1]["segmentation"]
@@ -1180,9 +1162,8 @@ USUAL = [  # change, which objects are left
     (every_object(iscrowd=None), EVERY), (edit(lambda c: [e.pop("area") for e in c["annotations"]]), EVERY),
     (one_object(area=None, segmentation=LEFT), EVERY), (one_object(segmentation=MASK | dict(counts=TEXT)), EVERY),
     (one_object(segmentation=[[40, 20, 50, 35], *LEFT]), EVERY),  # two points have no area
-    (one_object(segmentation=[[40, 20, 50, 35]]), [0, 3]), (one_object(segmentation=None), [0, 3]),
-    (one_object(segmentation=[[99, 9, 120, 9, 120, 30]]), [0, 3]),  # outside of the image
-    (one_object(segmentation=MASK | dict(counts=[2400])), [0, 3]), (one_object(bbox=[60, 0, 5, 5]), [0, 3]),
+    (one_object(segmentation=None), [0, 3]), (one_object(segmentation=MASK | dict(counts=[2400])), [0, 3]),
+    (one_object(bbox=[60, 0, 5, 5]), [0, 3]),
 ]
 
 
@@ -1219,7 +1200,7 @@ def write_export(root, for_all):
         path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("task, for_all", [("det", "things"), ("inst", "things"), ("inst", "boat")])
+@pytest.mark.parametrize("task, for_all", [("det", "things"), ("inst", "boat")])
 def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_path, task, for_all):
     write_export(tmp_path, for_all)
     train_set, val_set = read_both(tmp_path, task)
@@ -1245,25 +1226,16 @@ def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_
 def test_255_is_void_if_there_are_fewer_classes(tmp_path, values, names, classes, void):
     write_scenes(tmp_path, "sem", [(40, 60), (40, 60)])
     stripes(*values, names=names)(tmp_path)
+    path = tmp_path / "annotations/validation/1.png"
+    (palette := Image.open(path)).putpalette([7 * i % 256 for i in range(768)])  # for display
+    palette.save(path)
     train_set, val_set = read_both(tmp_path, "sem")
     pixels, seen = np.asarray(Image.open(tmp_path / MAPS / "0.png")).astype(int), sorted(set(values) - {0, *void})
-    assert len(train_set.classes) == classes and train_set[0, 0][1]["labels"].tolist() == [value - 1 for value in seen]
+    assert len(train_set.classes) == classes and train_set.classes[1] == ("c1" if names else "2")
+    assert train_set[0, 0][1]["labels"].tolist() == [value - 1 for value in seen]
     for dataset in (train_set, val_set):
-        assert np.array_equal(dataset.label_map(0), np.where(np.isin(pixels, seen), pixels - 1, -1))
-
-
-@pytest.mark.parametrize("mode", ["L", "P"])
-def test_gray_and_palette_label_maps_are_read(tmp_path, mode):
-    write_scenes(tmp_path, "sem", [(60, 60), (60, 60)])
-    (tmp_path / NAMES).write_text("Idx\tName\n" + "".join(f"{i}\tname {i}, other\n" for i in range(1, 14)) + " \n")
-    for path in tmp_path.glob("annotations/*/*.png"):
-        image = Image.open(path)
-        if mode == "P":  # the palette is for display; the pixels hold the labels
-            image.putpalette([7 * i % 256 for i in range(768)])
-        (image if mode == "P" else image.convert(mode)).save(path)
-    for dataset in read_both(tmp_path, "sem"):
-        expected = data.Shapes(2, 60, 0, "val", "sem").label_map(0)
-        assert torch.equal(dataset.label_map(0), expected) and dataset.classes[1] == "name 2"
+        for i in range(2):
+            assert np.array_equal(dataset.label_map(i), np.where(np.isin(pixels, seen), pixels - 1, -1))
 
 
 def test_hidden_files_are_never_taken_for_images(tmp_path, folder):

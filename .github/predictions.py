@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import as_float, make_dataset  # noqa: E402
-from eval import load_checkpoint, prediction_panels, sheet  # noqa: E402
+from eval import load_checkpoint, panel_of, prediction_panels, sheet  # noqa: E402
 
 
 def panels(path):
@@ -17,8 +17,9 @@ def panels(path):
     model, checkpoint = load_checkpoint(path)
     dataset = make_dataset(model.task, None, "val", checkpoint["settings"]["image_size"])
     image = as_float(dataset[0, 0][0])
-    (prediction,) = model.predict([image])
-    *scene, (title, picture) = prediction_panels(prediction, dataset.classes, model.task, image, image.shape[1:])
+    panel = panel_of(image, 560)
+    (prediction,) = model.predict([image], [panel.shape[1:]])
+    *scene, (title, picture) = prediction_panels(prediction, dataset.classes, panel)
     return [("a scene for the other tasks", picture) for _, picture in scene], (f"{model.task}: {title}", picture)
 
 

@@ -217,7 +217,7 @@ def run_job(part, task, seed, folder):
         path = os.path.join(folder, f"nothing-{task}-{seed}", "last.pt")
         model, checkpoint = evaluation.load_checkpoint(path)
         dataset = data.make_dataset(task, None, "val", 96)
-        metrics, minutes = evaluation.evaluate(model, dataset, torch.device("cpu"), 8), 0.0
+        (metrics, _), minutes = evaluation.evaluate(model, dataset, torch.device("cpu"), 8), 0.0
     else:
         out = os.path.join(folder, f"{part}-{task}-{seed}".replace(" ", "-"))
         sys.argv = ["train.py", "--task", task, "--seed", str(seed), "--out", out, "--workers", "0", "--resume"]

@@ -41,5 +41,5 @@ if __name__ == "__main__":
     settings = checkpoint["settings"]
     dataset = make_dataset(model.task, settings["data"], "val", settings["test_size"], classes=checkpoint["classes"])
     for name, variant in (("squared", model), ("plain", Plain(model))):
-        metrics = evaluate(variant, dataset, torch.device("cpu"), batch_size=1)
+        metrics, _ = evaluate(variant, dataset, torch.device("cpu"), batch_size=1)
         print(f"{name}: {describe(metrics, model.task)}")

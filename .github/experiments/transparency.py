@@ -54,7 +54,7 @@ def main(path):
             regions = [x.argmax(0).view(block["size"]) for x in (
                 block["assignments"][-1][0].mean(0), grid_assignment(*block["size"])
             )]
-            row = [achievable(enlarge(x, mask.shape, image, stride), mask) for x in regions]
+            row = [achievable(enlarge(x, stride, image, mask[None]), mask) for x in regions]
             clusters.setdefault(block["name"], []).append([*row, len(regions[0].unique())])
         _, _, maps = explain(model, image, logit_weights([label], model.num_classes))
         tokens, stride = maps.sum(0), strides[-1]
