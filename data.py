@@ -71,11 +71,11 @@ def number(kind, least, below=math.inf):
 
 
 def in_one_line(main):
-    """Call main.  An InputError ends the program with one line, not with a traceback."""
+    """Call main.  What the user can mend ends the program with one line, not with a traceback."""
     sys.stdout.reconfigure(errors="replace")  # names of classes that the console cannot show
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         # From a loader process, it arrives with a traceback; the last line is the message.
         message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")

@@ -536,7 +536,7 @@ def check_arguments(args, task, classes, rank):
     for path in filter(None, outputs if rank == 0 else []):  # others may be so late that it is our own
         expect(not os.path.exists(path), f"{path} exists, and is not replaced; remove it, or give another name")
         folder = os.path.dirname(path) or "."
-        expect(os.access(folder, os.W_OK), f"{path}: the folder {folder} cannot be written")
+        expect(os.path.isdir(folder) and os.access(folder, os.W_OK), f"{path}: the folder {folder} cannot be written")
     chosen = args.explain or []
     good = (args.explain is None or not dense) and len(chosen) < 3 and {*chosen} <= {*classes}
     expect(good, f"--explain is for cls and takes up to two of its classes: {', '.join(classes)[:200]}")

@@ -39,7 +39,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
@@ -60,6 +59,11 @@ KEYS = dict(cls=set(), det={"boxes"}) | dict.fromkeys(("inst", "sem", "pan"), {"
 # Torch's attention in bfloat16 asks the processor what it can do, not this variable, and fails.
 lowered = pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch has no bfloat16 attention then")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; SLOW=1 in the environment runs it")
+
+
+def quick(*tasks):
+    """All tasks; those that are not named here are slow."""
+    return pytest.mark.parametrize("task", [pytest.param(t, marks=() if t in tasks else slow) for t in cf.TASKS])
 
 
 @pytest.fixture(autouse=True)
@@ -335,7 +339,7 @@ def test_bfloat16_autocast_is_close_and_its_maps_take_half_the_memory(task):
     assert {entry[key][-1].dtype for entry in entries for key in ("assignments", "weights")} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("task", ["cls", *(pytest.param(task, marks=slow) for task in DENSE)])
+@quick("cls")
 def test_the_exported_model_gives_the_same_for_any_batch_size(shallow, task):
     model, images = random_model(task), torch.rand(5, 3, 64, 96)
     shapes = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}
@@ -381,7 +385,7 @@ def shallow(monkeypatch):
     monkeypatch.setitem(cf.VARIANTS, "nano", dict(cf.VARIANTS["nano"], depths=(1, 0, 0, 1)))
 
 
-@pytest.mark.parametrize("task", cf.TASKS)
+@quick("cls")
 def test_a_training_step_of_every_task_is_one_graph_that_is_compiled_once(shallow, task):
     model, graphs = random_model(task, drop_path=0.5).train(), []
     backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # runs it as it is
@@ -392,7 +396,8 @@ def test_a_training_step_of_every_task_is_one_graph_that_is_compiled_once(shallo
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
+@slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_has_the_same_outputs_and_gradients(shallow, backend):
     image, found = torch.rand(2, 3, 64, 96), []
     for compiled in (False, True):
@@ -682,7 +687,8 @@ def test_points_are_sampled_where_a_mask_is_uncertain():
     assert ((points[..., 0] - 32).abs() < 12).float().mean() > 0.75  # if they were uniform, 24 / 64
 
 
-@pytest.mark.parametrize("task", ["inst", *(pytest.param(task, marks=slow) for task in ("det", "sem", "pan"))])
+@slow
+@pytest.mark.parametrize("task", DENSE)
 def test_each_head_overfits_one_batch(monkeypatch, task):
     small = dict(depths=(1, 1, 1, 1), channels=(16, 32, 64, 128), dim=64, levels=(1, 1))  # half of nano, for speed
     monkeypatch.setitem(cf.VARIANTS, "nano", small)
@@ -1757,7 +1763,7 @@ def train_and_evaluate(tmp_path, capsys, task, processes, *options):
         assert "is of a run with task" in failure(train, capsys, "--task", "cls", "--resume", "--out", out)
 
 
-@pytest.mark.parametrize("task", cf.TASKS)
+@quick("cls", "inst", "sem")
 def test_every_task_from_training_to_prediction(tmp_path, capsys, monkeypatch, task, checkpoint):
     slow = ["--init", checkpoint] if task in ("cls", "inst") else []
     monkeypatch.setitem(train.CLS, "backbone_rate", 0.1)
@@ -2106,8 +2112,8 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, monkeyp
 ])
 def test_one_line_says_why_nothing_is_evaluated_or_drawn(folder, capsys, monkeypatch, checkpoint, arguments, complaint):
     monkeypatch.chdir(folder)
-    for task in ("inst", "pan", "sem"):
-        saved_checkpoint(f"{task}.pt", task)
+    for task in {"inst.pt", "pan.pt", "sem.pt"} & {*arguments}:
+        saved_checkpoint(task, task.removesuffix(".pt"))
     shutil.copy(checkpoint, "cf.pt"), (folder / "a.json").write_text("{}")
     before = {path: path.read_bytes() for path in folder.rglob("*.*")}
     assert complaint in failure(evaluation, capsys, "--checkpoint", "cf.pt", *arguments)
@@ -2188,24 +2194,6 @@ assert not {{"train", "eval", "data"}} & set(sys.modules)
 def test_the_block_of_the_experiments_is_by_default_that_of_the_module():
     experiment.check_against_module()
     assert experiment.build(experiment.PAPER, 3)(torch.rand(2, 3, 96, 96))["logits"].shape == (2, 3)
-
-
-@slow
-def test_the_benchmark_counts_and_measures(monkeypatch, capsys, folder):
-    monkeypatch.setattr(benchmark, "peers", lambda variant: ())
-    (row,) = rows = benchmark.benchmark("nano", "cls", (64, 64), 2, CPU, rounds=2)
-    model = cf.ClusterFormer("cls", "nano")
-    assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, 64, 64))
-    assert row["macs"] * 2 == counter.get_total_flops()
-    forward, training = row["memory"]
-    assert 4 * row["parameters"] < forward < training  # float32 weights; in training also gradients and moments
-    assert row["eager forward"]["images_per_second"] > row["eager training"]["images_per_second"] > 0
-    benchmark.print_benchmark(rows)
-    titles, rule, line = capsys.readouterr().out.splitlines()
-    assert titles.count("|") == rule.count("|") == line.count("|") and "(1.00x)" in line  # a table in Markdown
-    assert benchmark.loading_speed(folder, 32, images=4) > 0
 
 
 def test_imports_have_no_circle_functions_fit_on_a_screen_and_the_module_needs_torch_and_numpy_only():

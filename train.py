@@ -265,12 +265,13 @@ class Run:
         torch.manual_seed(settings.seed)
         model = [settings.task, settings.variant, len(train.classes), settings.patch_size, settings.iterations]
         self.model = ClusterFormer(*model, settings.drop_path, settings.smoothing, train.things).to(device)
-        new = take_weights(self.model, settings.init) if settings.init else []
+        resumed = settings.resume and os.path.exists(self.last)
+        new = take_weights(self.model, settings.init) if settings.init and not resumed else []
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         backbone_rate = settings.backbone_rate if settings.init else 1.0
         groups = parameter_groups(self.model, settings.weight_decay, backbone_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        if settings.resume and os.path.exists(self.last):
+        if resumed:
             self.load(read_checkpoint(self.last))
         self.runner = torch.compile(self.model) if settings.compile else self.model
         if world_size > 1:  # gradients share memory with the buckets that are exchanged
@@ -283,8 +284,8 @@ class Run:
             size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
             print(f"{size:.1f} M parameters, {self.steps} steps on {world_size} x {device.type}")
             if settings.resume:
-                print(f"resumed after step {self.step}" if self.step else f"{self.last} is not there: a new run")
-            elif new:
+                print(f"resumed after step {self.step}" if resumed else f"{self.last} is not there: a new run")
+            if new:
                 modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
                 print(f"{settings.init} has no fitting weights of {', '.join(modules)}")
 
@@ -419,7 +420,7 @@ class Run:
         settings, started, first_step, saved = self.settings, time.time(), self.step, time.time()
         on_signals(self.stop_signals.append)  # the current step is finished first
         if self.rank == 0:
-            self.write_checkpoint()  # can it be written?  A second run sees that this one is here
+            self.write_checkpoint()  # if it can be written; and no other run may take this folder
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=True if self.rank else None)
         while len(self.log) < settings.epochs:
             if self.step == (len(self.log) + 1) * self.steps_per_epoch:
@@ -453,7 +454,11 @@ def main():
     options = dict(batch_sampler=GlobalBatches(len(train), *split))
     options |= dict(collate_fn=None if task == "cls" else stacked)  # None: labels are numbers
     with contextlib.closing(batches_of(SkipBroken(train), settings.workers, device, **options)) as stream:
-        run.loop(stream)
+        try:
+            run.loop(stream)
+        finally:
+            if rank == 0 and run.step == 0 and os.path.exists(run.last):
+                os.remove(run.last)  # nothing was learned: the folder is free again
     if rank == 0:
         print(f"{describe(run.log[-1], task)} on {len(val)} held-out images")
         print(f"python eval.py --checkpoint {run.last}")
