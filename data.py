@@ -6,8 +6,9 @@
     Coco          DIR/{train,val}2017/*.jpg and DIR/annotations/: boxes, masks, panoptic segments
     Ade           DIR/{images,annotations}/: label maps of any number of classes
 
-The standard form of each format is read.  Everything else ends in one line that names the file, the
-entry and what to do: names, ids and annotations before the first step, images and maps when they are read.
+One standard form of each format is read.  A file of another form ends the run in one line, which names the
+file, the entry and the remedy: names, ids and annotations before the first step, images and maps when they
+are read.
 
 A sample and its augmentation depend only on (seed, epoch, index), the order of samples on (seed,
 epoch), and mixup and cutmix on (seed, step).  A run that is repeated or resumed sees the same images.
@@ -71,13 +72,21 @@ def number(kind, least, below=math.inf):
 
 
 def in_one_line(main):
-    """Call main.  What the user can mend ends the program with one line, not with a traceback."""
+    """Call main.  An error that the user can mend ends the program with one line, not with a traceback."""
     sys.stdout.reconfigure(errors="replace")  # names of classes that the console cannot show
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, EOFError, RuntimeError) as error:
         # From a loader process, it arrives with a traceback; the last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = lines[-1].removeprefix("data.InputError: ")
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "the GPU has too little memory; --accumulate 2 halves what activations take"
+        elif isinstance(error, (EOFError, RuntimeError)):
+            if not re.search(r"worker \(pid|shm|No space left", str(error)):
+                raise
+            remedy = "lower --workers (0 needs no memory beside), or give Docker --ipc=host"
+            message = f"a loader process was lost, probably since shared memory ran out ({message}); {remedy}"
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl-C, as in shells; no traceback
@@ -141,8 +150,9 @@ class Packed:
 class Images(Dataset):
     """What all data sets share.
 
-    `classes` are names.  A row of `images` is the name of an image, its number in the files, and what
-    else belongs to it.  `things` says which classes are countable (pan), `note` what is not used.
+    `classes` are names.  A row of `images` is the name of an image in `folder`, and what belongs to it:
+    its label (Folder), or its number in the files and its size (Coco) or label map (Ade).  `things` says
+    which classes are countable (pan), `note` what is not used.
     """
 
     folder, things, note = "", None, ""
@@ -278,8 +288,9 @@ class Shapes(Images):
 
     def scene(self, epoch, index):
         """Image, uint8 (3, size, size), list of (class, mask: bool (size, size)), and label (cls)."""
-        drawn_from = (0, self.seed, epoch, index) if self.split == "train" else (1, index)
-        rng = np.random.default_rng((drawn_from[0] + 2 * (self.task != "cls"), *drawn_from[1:]))
+        kind = 2 * (self.task != "cls")
+        training = kind, self.seed, epoch, index
+        rng = np.random.default_rng(training if self.split == "train" else (kind + 1, index))
         if self.task == "cls":
             things, label = dominant_thing(rng)
             return draw_scene(rng, self.size, things)[0], [], label
@@ -359,7 +370,7 @@ def opened(path):
             yield image
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # broken files raise many kinds
         what = f"cannot be read as an image ({error}); replace or remove it"
         raise InputError(f"{path}: {what}") from error
 
@@ -367,20 +378,23 @@ def opened(path):
 def load_image(path):
     """PIL RGB, upright."""
     with opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image
+        ImageOps.exif_transpose(image, in_place=True)  # in place: the others are not copied
+        width, height = image.size
+        thin = max(width, height) > 100 * min(width, height)  # resized, it might have no pixel
+        expect(not thin, f"{path}: {width} x {height} pixels are too thin; remove it")
         return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def train_transform(size, least, randaugment, erasing):
     """PIL RGB -> uint8 (3, size, size).
 
-    least: area of the smallest crop, a part of the image's.  randaugment: magnitude, 0 to 30.
+    least: area of the smallest crop, as a part of the image.  randaugment: magnitude, 0 to 30.
     erasing: probability.
     """
     bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
     crop = v2.RandomResizedCrop(size, (least, 1.0), interpolation=bicubic)
     steps = [crop, v2.RandomHorizontalFlip()]
-    if randaugment:  # one operation on average, as in Swin's recipe
+    if randaugment:  # twice with probability 0.5: one operation on average, as in Swin's recipe
         operation = v2.RandAugment(1, randaugment, interpolation=bilinear, fill=MEAN_COLOR)
         steps += [v2.RandomApply([operation], 0.5)] * 2
     erase = [v2.RandomErasing(erasing, value=MEAN_COLOR)] if erasing else []
@@ -414,7 +428,8 @@ class Folder(Images):
         found = sorted(x.name for x in os.scandir(folder) if x.is_dir() and x.name[0] != ".")
         self.classes, self.transform, self.seed = classes or found, transform, seed
         unknown = [name for name in found if name not in self.classes]
-        expect(found and not unknown, f"{folder}: class folders {unknown[:5]} are no classes of the model; rename them")
+        expect(found, f"{folder}: there is no class folder in it; make a folder for the images of each class")
+        expect(not unknown, f"{folder}: class folders {unknown[:5]} are no classes of the model; rename them")
         labels = {name: self.classes.index(name) for name in found}
         shown = lambda path: image_folder.is_image_file(path) and "/." not in path[len(folder) :]
         try:
@@ -437,8 +452,8 @@ class Folder(Images):
 def dense_train_transform(task, size, least, color):
     """Augmentation of an image and its target, and a random crop of size x size pixels.
 
-    Where the resized image is smaller, the crop is padded, at a random place, with the mean color: no
-    object, and void for sem and pan.
+    Where the resized image is smaller than the crop, it lies at a random place, in the mean color.  There
+    is no object in this padding, and for sem and pan it is void.
     least: smallest of the random factors by which images are resized; the largest is 2.  It should not
     be far below 1: centers start from the cells of a grid over the crop, and cells of padding have
     nothing to find.
@@ -447,8 +462,8 @@ def dense_train_transform(task, size, least, color):
     # Colors come first, while the image is small.  RandomPhotometricDistort would also swap red and
     # blue, which distinguish sand and sky.
     steps = [v2.ColorJitter(0.125 * color, 0.5 * color, 0.5 * color, 0.05 * color)] if color else []
-    # The unit is what fits into size x size, as in COCO's large-scale jitter.  For sem it is a short
-    # side of `size`, as for ADE20K.
+    # A factor of 1 makes the long side `size` pixels, as in COCO's large-scale jitter; for sem the short
+    # side, as usual for ADE20K.
     if task == "sem":
         steps.append(v2.RandomShortestSize(range(round(least * size), 2 * size + 1), max_size=8 * size))
     else:
@@ -483,7 +498,8 @@ def training_sample(image, labels, boxes, masks, transform):
     if masks is None:
         corners = torch.tensor(boxes).float().view(-1, 4)
         parts["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=image.shape[-2:])
-    else:  # resizing bool converts it to float, which is nine times slower than uint8
+    else:
+        # Resizing converts bool to float, which is nine times slower than uint8.
         parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
     if isinstance(labels, dict):
@@ -526,8 +542,6 @@ class Dense(Images):
         path = self.name(key[1])
         image = tv_tensors.Image(functional.pil_to_tensor(load_image(path)))
         size = tuple(image.shape[-2:])
-        # Resized to the usual sizes, no pixel would be left.
-        expect(max(size) <= 100 * min(size), f"{path}: {size[1]} x {size[0]} pixels are too thin; remove it")
         target = self.truth(key[1], size)
         if self.split == "val":
             return self.transform(image).as_subclass(torch.Tensor), dict(index=key[1], size=size)
@@ -539,6 +553,12 @@ def need_size(path, size, other, whose):
     """Raise InputError unless two sizes (H, W) are equal."""
     sides = f"{size[1]} x {size[0]} pixels upright, {whose} has {other[1]} x {other[0]}"
     expect(tuple(size) == tuple(other), f"{path}: {sides}; correct or remove one")
+
+
+def fits(rle, pixels):
+    """Whether run lengths end within so many pixels; if not, pycocotools raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return mask_utils.decode(dict(size=[1, pixels], counts=rle["counts"])) is not None
 
 
 def run_lengths_of(mask, size):
@@ -555,15 +575,15 @@ def run_lengths_of(mask, size):
     else:
         expect(list(mask["size"]) == list(size), f"the size of its run lengths is not {[*size]}")
         rle = mask_utils.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else dict(mask)
-        # Runs that end too late raise ValueError; those that end too early leave what was in memory.
-        expect(mask_utils.decode(rle).sum() == mask_utils.area(rle), "its run lengths end too early")
+        whole = fits(rle, math.prod(size)) and not fits(rle, math.prod(size) - 1)
+        expect(whole, "its run lengths do not add up to its size")  # decode would return what is in memory
     return rle if rle and mask_utils.area(rle) else None
 
 
-def has_area(x, size, task):
-    """Whether an object in an image of size (H, W) has an area and, for inst, a mask.
+def complete(x, size, task):
+    """Set `box`, xyxy within the image of size (H, W), `segmentation`, run lengths or None, and `area`.
 
-    Sets `box`, xyxy within the image, `segmentation`, run lengths or None, and `area`.
+    Returns whether the object can be used: it has an area and, for inst, a mask.
     """
     left, top, width, height = x["bbox"]
     expect(math.isfinite(left + top + width + height), "bbox must be four numbers")
@@ -596,7 +616,7 @@ class Coco(Dense):
         export = os.path.join(folder_of(root, split), "_annotations.coco.json")
         if task != "pan" and os.path.exists(export):
             self.folder, self.path = os.path.dirname(export), export
-        need(root, self.folder, self.path, *[self.maps] * (task == "pan"))
+        need(root, self.folder, self.path, self.maps if task == "pan" else root)
         images, annotations = self.read(classes)
         entries = {number: [] for number in images}
         for number, x in enumerate(annotations, 1):
@@ -623,11 +643,14 @@ class Coco(Dense):
                 where = f"images[{i}]"
                 expect(type(x["id"]) is int and x["id"] not in images, "ids must be different whole numbers")
                 expect(min(x["height"], x["width"]) > 0, "height and width must be positive")
-                expect(x["file_name"] in there, f"{x['file_name']} is not in {self.folder}")
+                name = x["file_name"]
+                here = name in there or os.path.exists(os.path.join(self.folder, name))
+                expect(here, f"{name} is not in {self.folder}")
                 images[x["id"]] = x
-            where, known = "categories", {x["id"] for x in content["categories"] if type(x["id"]) is int}
+            where = "categories"
+            known = {x["id"] for x in content["categories"] if type(x["id"]) is int}
             expect(len(known) == len(content["categories"]), "ids must be different whole numbers")
-            maps = {*os.listdir(self.maps)} if self.task == "pan" else None
+            where, maps = "annotations", {*os.listdir(self.maps)} if self.task == "pan" else None
             kept, self.crowds, self.dropped = [], 0, 0
             for i, x in enumerate(content["annotations"]):
                 where, parts = f"annotations[{i}]", [x]
@@ -642,29 +665,33 @@ class Coco(Dense):
                     expect(part["iscrowd"] in (0, 1), "iscrowd must be 0 or 1")
                     used.add(part["category_id"])
                     self.crowds += part["iscrowd"]
-                if self.task == "pan" or has_area(x, size, self.task):
+                if self.task == "pan" or complete(x, size, self.task):
                     kept.append(x)
                 else:
                     self.dropped += 1
+            where = "categories"
             self.choose_classes(content["categories"], used, classes)
         except (OSError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{self.path}: {where}: {what}; correct or remove it") from error
-        large = self.task == "pan" or any(max(x["bbox"]) > 1 for x in kept)
-        expect(kept and large, f"{self.path}: it has no bbox of more than a pixel; annotate in pixels")
+        needed = "an area and a mask" if self.task == "inst" else "an area"
+        expect(kept, f"{self.path}: it has no object with {needed}; annotate some")
+        in_pixels = self.task == "pan" or any(max(x["bbox"]) > 1 for x in kept)
+        expect(in_pixels, f"{self.path}: its boxes are fractions of images; write them in pixels")
         return images, kept
 
     def choose_classes(self, rows, used, classes):
         """Categories in the order of their ids, or of the model's classes, which must be the same."""
-        # Some tools add a category 0, which stands for all, may have the name of another, and has no objects.
-        others = [x["name"] for x in rows if x["id"] != 0]
-        model_has = lambda name: name in (classes or ()) and name not in others
-        rows = [x for x in rows if x["id"] != 0 or 0 in used or model_has(x["name"])]
+        # Some tools add a category 0 that stands for all and has no objects.  It is left out, unless the
+        # model has a class of its name, and no other category has this name.
+        others = [x for x in rows if x["id"] != 0]
+        needed = {*(classes or ())} - {x["name"] for x in others}
+        rows = others + [x for x in rows if x["id"] == 0 and (0 in used or x["name"] in needed)]
         of_name = {x["name"]: x for x in sorted(rows, key=lambda x: x["id"])}
         expect(len(of_name) == len(rows), "two categories have the same name")
         self.classes = list(classes or of_name)
         wrong = sorted({*self.classes} ^ of_name.keys())
-        expect(not wrong, f"category {wrong[:1]} is in the file or the model only")
+        expect(not wrong, f"category {wrong[:1]} is only in the file, or only in the model")
         self.categories = [of_name[name]["id"] for name in self.classes]
         self.things = [of_name[name].get("isthing", 1) == 1 for name in self.classes]
 
@@ -676,7 +703,7 @@ class Coco(Dense):
     def segments(self, index):
         """The panoptic map: ids, int64 (H, W), 0 for void, and a dictionary per segment."""
         (name, _, size), found = self.images[index], self.entries[index]
-        expect(len(found) == 1, f"{self.path}: {name} has {len(found)} annotations; leave one")
+        expect(len(found) == 1, f"{self.path}: {name} has {len(found)} annotations, and must have one")
         path, table = os.path.join(self.maps, found[0]["file_name"]), found[0]["segments_info"]
         ids = torch.from_numpy(np.asarray(load_image(path)) @ np.array([1, 256, 256**2]))  # (H, W)
         need_size(path, ids.shape, size, name)
@@ -712,15 +739,20 @@ class Ade(Dense):
 
     def __init__(self, root, split, task, transform, seed=0, classes=None):
         self.split, self.transform, self.seed = split, transform, seed
-        split = dict(train="training", val="validation")[split]
-        self.folder, self.maps = (os.path.join(root, x, split) for x in ("images", "annotations"))
+        name = dict(train="training", val="validation")[split]
+        self.folder, self.maps = (os.path.join(root, part, name) for part in ("images", "annotations"))
         need(root, self.folder, self.maps)
         names = sorted(x for x in os.listdir(self.folder) if image_folder.is_image_file(x) and x[0] != ".")
         maps = [os.path.splitext(name)[0] + ".png" for name in names]
-        missing = sorted({*maps} - {*os.listdir(self.maps)}) if names else ["images"]
+        expect(names, f"{self.folder}: there is no image in it")
+        missing = sorted({*maps} - {*os.listdir(self.maps)})
         expect(not missing, f"{self.maps}: no {missing[:1]}; every image needs a label map of its name")
         self.images = Packed(zip(names, range(len(names)), maps))
-        self.classes = classes or self.read_names(os.path.join(root, "objectInfo150.txt")) or self.count_classes()
+        table = os.path.join(root, "objectInfo150.txt")
+        named = self.read_names(table)
+        same = not classes or not named or classes == named
+        expect(same, f"{table}: its names are not the model's classes")
+        self.classes = classes or named or self.count_classes()
         self.categories = list(range(1, len(self.classes) + 1))
 
     def read_names(self, path):
@@ -738,9 +770,9 @@ class Ade(Dense):
         with ThreadPoolExecutor() as pool:  # PIL decodes in parallel
             found = pool.map(lambda index: self.read_map(index).unique().tolist(), range(len(self)))
             found = sorted({*itertools.chain(*found)} - {0, 255})
-        good = len(found) > 1 and found[-1] <= 10 * len(found)  # gray values such as 85 and 170 are no classes
-        remedy = "number two or more classes 1, 2, 3, ... (0 and 255 are void), or name all in objectInfo150.txt"
-        expect(good, f"{self.maps}: labels beside 0 and 255 are {found[:9]}; {remedy}")
+        good = len(found) > 1 and found[-1] <= 10 * len(found)  # gray values such as 85, 170 are no classes
+        remedy = "0 and 255 are void; number two or more classes from 1 on, or name all in objectInfo150.txt"
+        expect(good, f"{self.maps}: there are labels {found[:9]}; {remedy}")
         return [str(label) for label in range(1, found[-1] + 1)]
 
     def read_map(self, index):
@@ -761,7 +793,7 @@ class Ade(Dense):
         return labels - 1
 
     def truth(self, index, size):
-        """As for Coco, with a map of classes."""
+        """The same for label maps, whose numbers are those of the files."""
         labels = self.label_map(index)
         need_size(self.name(index), size, labels.shape, "its label map")
         return dict(zip(self.categories, range(len(self.classes)))), None, (labels + 1).byte()
@@ -772,14 +804,14 @@ def make_dataset(
 ):
     """The images of a split, "train" or "val".  data: None for shapes, or a folder in the task's layout.
 
-    size: pixels per side of training images, and in evaluation; or there, for the dense tasks on
-    files, of the short side.  The rest is augmentation: see train_transform, dense_train_transform.
+    size: pixels per side; of the short side where the dense tasks evaluate photographs.  The rest is
+    augmentation: see train_transform and dense_train_transform.
     """
     training = split == "train"
     if data is None:
-        # Without masks, a scene costs less.
-        scenes = (5_700 if task in ("cls", "det") else 5_000) if training else 2000 if task == "cls" else 500
-        return Shapes(scenes, size, seed, split, task)
+        scenes = dict(cls=5_700, det=5_700).get(task, 5_000)  # without masks, a scene costs less
+        held_out = 2_000 if task == "cls" else 500
+        return Shapes(scenes if training else held_out, size, seed, split, task)
     if task == "cls":
         transform = train_transform(size, least, randaugment, erasing) if training else eval_transform(size)
         return Folder(data, split, transform, seed, classes)
@@ -790,10 +822,10 @@ def make_dataset(
 
 def count_images(task, data, limit):
     """How many images there are to train on, at most `limit`, without reading them or their annotations."""
-    names = dict(cls=["train"], sem=["images/training"]).get(task, ["train2017", "train"])
-    found = itertools.chain(*(os.walk(os.path.join(data, name)) for name in names))
-    files = (name for _, _, names in found for name in names if image_folder.is_image_file(name))
-    return sum(1 for _ in itertools.islice(files, limit))
+    folders = dict(cls=["train"], sem=["images/training"]).get(task, ["train2017", "train"])
+    walks = (os.walk(os.path.join(data, folder), followlinks=True) for folder in folders)
+    names = itertools.chain(*(names for walk in walks for _, _, names in walk))
+    return sum(1 for _ in itertools.islice(filter(image_folder.is_image_file, names), limit))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,7 +835,7 @@ class SkipBroken(Dataset):
     """A training set that takes the next image for one that cannot be read, so that long runs continue."""
 
     def __init__(self, dataset):
-        self.dataset, self.broken = dataset, set()  # of this process
+        self.dataset, self.broken = dataset, set()  # each process has its own
 
     def __getitem__(self, key):
         """key: (epoch, index)."""
@@ -828,22 +860,13 @@ def ignore_signals(worker):
 
 
 def batches_of(dataset, workers, device, **options):
-    """The batches of a DataLoader, whose processes end with this generator: close it.
-
-    Raises InputError if a loader process has died.
-    """
+    """The batches of a DataLoader, whose processes end with this generator: close it."""
     # On Linux, workers are forked and share the data set with their parent.
     context = "fork" if workers and sys.platform == "linux" else None  # not the default since Python 3.14
     options |= dict(num_workers=workers, pin_memory=device.type == "cuda", multiprocessing_context=context)
     batches = iter(DataLoader(dataset, worker_init_fn=ignore_signals, **options))
     try:
         yield from batches
-    except (OSError, EOFError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(r"worker \(pid|shm|No space left", str(error)):
-            raise
-        what = f"a loader process was lost ({str(error).strip().splitlines()[-1:]})"
-        remedy = "lower --workers (0 works without); Docker needs --ipc=host for their shared memory"
-        raise InputError(f"{what}: {remedy}") from error
     finally:
         if workers:
             # Python would send SIGTERM, which they ignore.  Torch has no public name for this.
@@ -860,9 +883,10 @@ class GlobalBatches(Sampler):
 
     def __init__(self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, first_step=0):
         chunks = world_size * accumulate
-        parts = f"divisible by {world_size} processes x --accumulate {accumulate}"
-        what = f"--batch-size {batch_size} must be {parts}, and at most {length}, the number of training images"
-        expect(batch_size % chunks == 0 and batch_size <= length, what)
+        parts = f"{world_size} processes x --accumulate {accumulate}"
+        expect(batch_size % chunks == 0, f"--batch-size {batch_size} is not divisible by {parts}; change one")
+        few = f"--batch-size {batch_size} is more than the {length} training images; lower it"
+        expect(batch_size <= length, few)
         self.length, self.batch_size, self.seed, self.chunk = length, batch_size, seed, batch_size // chunks
         self.steps, self.chunks = range(first_step, steps), range(rank * accumulate, (rank + 1) * accumulate)
 
@@ -895,7 +919,7 @@ def as_float(images):
 
 
 def mix(images, labels, num_classes, mixup, cutmix, seed, step):
-    """Mixup or cutmix, chosen by (seed, step), of every sample of a chunk with the one before it.
+    """Mixup or cutmix, chosen by (seed, step): each image of a chunk is mixed with its neighbor.
 
     images: (b, 3, H, W).  labels: (b,).  mixup, cutmix: parameters of their Beta distributions, 0 for
     never.  Returns images, and targets (b, num_classes).

@@ -56,7 +56,7 @@ def reading(path):
         yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # broken archives raise many kinds, some with many lines
+    except Exception as error:  # broken archives raise many kinds, some of them with many lines
         why = str(error)[:99] if isinstance(error, ValueError) else type(error).__name__
         raise InputError(f"{path}: not a whole checkpoint of this train.py ({why}); train anew") from error
 
@@ -84,8 +84,8 @@ def load_checkpoint(path):
 # --------------------------------------------------------------------------------------------------
 def run_lengths(masks):
     """Masks, bool (n, H, W), as the n run-length encodings of COCO's files."""
-    # One by one: a copy of all masks of a large photograph would take a gigabyte.  Runs go down columns.
-    encoded = [mask_utils.encode(mask.mT.contiguous().byte().cpu().numpy().T) for mask in masks]
+    # One by one: a copy of all masks of a large photograph would take a gigabyte.
+    encoded = [mask_utils.encode(np.asfortranarray(mask.cpu().numpy(), np.uint8)) for mask in masks]
     return [dict(size=rle["size"], counts=rle["counts"].decode()) for rle in encoded]
 
 
@@ -117,11 +117,12 @@ def coco_metrics(truth, results, kind):
         coco.evaluate()
         coco.accumulate()
         coco.summarize()
-    precision = torch.from_numpy(coco.eval["precision"][..., 0, -1])  # (IoUs, recalls, classes by id)
-    each = precision.where(precision >= 0, math.nan).nanmean((0, 1))
-    by_id = np.argsort(np.argsort([category["id"] for category in truth.dataset["categories"]]))
     values = np.where(coco.stats >= 0, coco.stats, math.nan).tolist()
-    return dict(zip(COCO_METRICS, values)), each[by_id].tolist()
+    precision = torch.from_numpy(coco.eval["precision"][..., 0, -1])  # (IoUs, recalls, categories by id)
+    each = precision.where(precision >= 0, math.nan).nanmean((0, 1)).tolist()
+    of_id = dict(zip(coco.params.catIds, each))
+    each = [of_id[category["id"]] for category in truth.dataset["categories"]]
+    return dict(zip(COCO_METRICS, values)), each
 
 
 def panoptic_counts(predicted, segments, truth, entries, label_of, num_classes):
@@ -135,7 +136,8 @@ def panoptic_counts(predicted, segments, truth, entries, label_of, num_classes):
     """
     base = int(predicted.max()) + 1
     pairs, numbers = (truth * base + predicted).unique(return_counts=True)
-    overlap = {divmod(pair, base): n for pair, n in zip(pairs.tolist(), numbers.tolist())}  # (true, found) -> pixels
+    # (id g in the ground truth, id p in the prediction) -> pixels
+    overlap = {divmod(pair, base): n for pair, n in zip(pairs.tolist(), numbers.tolist())}
     area, found_area = Counter(), Counter()
     for (g, p), n in overlap.items():
         area[g] += n
@@ -146,13 +148,13 @@ def panoptic_counts(predicted, segments, truth, entries, label_of, num_classes):
     counts, ignored = torch.zeros(num_classes, 4, dtype=torch.float64), Counter()
     for (g, p), n in overlap.items():
         if p in found and real.get(g) == found[p]:
-            iou = n / (area[g] + found_area[p] - n - overlap.get((0, p), 0))  # without void pixels
+            iou = n / (area[g] + found_area[p] - n - overlap.get((0, p), 0))  # void is not in the union
             if iou > 0.5:  # at most one match for each
                 counts[real.pop(g)] += torch.tensor([iou, 1, 0, 0], dtype=torch.float64)
                 del found[p]
-        elif g == 0 or p in found and crowds.get(g) == found[p]:
+        elif g == 0 or (p in found and crowds.get(g) == found[p]):
             ignored[p] += n
-    for p, label in found.items():  # what lies mostly on void, or on a crowd of its class, is no false positive
+    for p, label in found.items():  # what lies mostly on void, or a crowd of its class, is no false positive
         counts[label, 2] += found_area[p] > 0 and ignored[p] <= 0.5 * found_area[p]
     for g, label in real.items():
         counts[label, 3] += area[g] > 0
@@ -239,7 +241,7 @@ def combine(dataset, task, scores):
         return metrics, [dict(IoU=value) for value in iou.tolist()]
     if task == "pan":
         counts, things, metrics = sum(counts for counts, _ in scores), torch.tensor(dataset.things), {}
-        for suffix, chosen in (("", things | True), ("_th", things), ("_st", ~things)):
+        for suffix, chosen in (("", torch.ones_like(things)), ("_th", things), ("_st", ~things)):
             values = panoptic_quality(counts, chosen)
             metrics |= {name + suffix: value for name, value in values.items()}
         return metrics, [panoptic_quality(counts, one) for one in torch.eye(len(things)).bool()]
@@ -259,7 +261,8 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None):
     model: a ClusterFormer, without DDP: processes may have different numbers of batches.
     save: where predictions go.  det, inst: a JSON file.  pan: a JSON file, and PNGs in the folder
         of that name without ".json".  sem: a folder of PNGs, label + 1 as in ADE20K's.
-    Returns on every process a list of dictionaries, one per class (not for cls), and one with fractions of 1:
+    Returns, on every process, a list of dictionaries, one per class (empty for cls), after a dictionary of
+    these metrics, as fractions of 1:
         cls   top1, top5
         det   COCO_METRICS, nan where there is nothing to find
         inst  the same for boxes, box_AP, ..., and for masks, mask_AP, ...
@@ -270,7 +273,7 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
     batches = batches_of(dataset, workers, device, sampler=keys, batch_size=batch_size, collate_fn=lists)
-    folder = save and {"sem": save, "pan": save.removesuffix(".json")}.get(task)
+    folder = save.removesuffix(".json") if save and task in ("sem", "pan") else None
     if folder:
         os.makedirs(folder, exist_ok=True)
     total = math.ceil(len(keys) / batch_size)
@@ -306,7 +309,7 @@ MIN_SHARE = 0.01  # of the pixels: smaller regions have no name
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)
 # Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler versions.
 COLORS = [BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), ORANGE, (240, 228, 66)]
-COLORS += [tuple(round(c + p * (255 - c)) for c in rgb) for p in (0.5, 0.25, 0.7) for rgb in COLORS]
+COLORS += [tuple(c + (255 - c) // 2 for c in rgb) for rgb in COLORS]
 
 
 def panel_of(image, side):
@@ -318,7 +321,7 @@ def panel_of(image, side):
 
 
 def enlarge(values, stride, image, panel):
-    """Resize a map (h, w), at a stride of an image, to that of a panel, unsmoothed."""
+    """Bring a map (h, w) of an image's tokens, at this stride, to the size of a panel, unsmoothed."""
     sides = zip(panel.shape[1:], image.shape[1:])
     rows, columns = (torch.arange(new) * old // new // stride for new, old in sides)
     return values.cpu()[rows[:, None], columns]
@@ -479,6 +482,7 @@ def free(path):
 def draw(model, classes, names, read, args, device):
     """Draw predictions, and what the arguments say, into a folder.  names: of images.  read(i): image i."""
     os.makedirs(args.out, exist_ok=True)
+    drawn = 0
     for i, name in enumerate(tqdm(names, "draw", leave=False, disable=None)):
         try:
             image = as_float(read(i)).to(device)
@@ -496,7 +500,8 @@ def draw(model, classes, names, read, args, device):
         stem = os.path.splitext(os.path.basename(name))[0][:99]
         for kind, rows in sheets.items():
             sheet(rows).save(free(os.path.join(args.out, f"{stem}{kind}.png")))
-    print(f"drawn in {args.out}: pictures of {len(names)} images")
+        drawn += 1
+    print(f"pictures of {drawn} images are in {args.out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -512,15 +517,15 @@ def parse_arguments():
     add("--workers", type=number(int, 0), help="loader processes per process (spare cores)")
     add("--json", metavar="FILE", help="also write metrics, as fractions of 1, to a new FILE")
     add("--per-class", action="store_true", help="also print AP, IoU or PQ per class; not for cls")
-    formats = "write predictions; sem: PNGs of label + 1 to a new folder; det, inst, pan: COCO's format to a new "
-    formats += ".json FILE, for pan also PNGs to the folder of that name without .json"
+    formats = "write predictions to a new place; sem: a folder of PNGs of label + 1; det, inst, pan: a "
+    formats += ".json FILE in COCO's format, and for pan PNGs in the folder of that name without .json"
     add("--save-predictions", metavar="FILE", help=formats)
     add = parser.add_argument_group("pictures").add_argument
     add("--images", nargs="*", metavar="PATH", help="images or folders to draw (8 held-out images)")
     add("--clusters", action="store_true", help="draw clusters per stage, and per iteration of one block")
     why = "cls: draw the evidence for CLASS (the most likely), or for one against another"
     add("--explain", nargs="*", metavar="CLASS", help=why)
-    add("--out", metavar="DIR", default="pictures", help="folder of the pictures (pictures); none is replaced")
+    add("--out", metavar="DIR", default="pictures", help="folder of the pictures, which replace no file")
     return parser.parse_args()
 
 
@@ -528,17 +533,19 @@ def check_arguments(args, task, classes, rank):
     """Raise InputError if a flag does not fit the checkpoint, or an output would replace something."""
     save, outputs = args.save_predictions, [args.json, args.save_predictions]
     dense = task != "cls"
-    expect(dense or not (save or args.per_class), "--save-predictions and --per-class are for the dense tasks")
+    fits = dense or not (save or args.per_class)
+    expect(fits, "--save-predictions and --per-class are for the dense tasks")
     named = not save or task == "sem" or save.endswith(".json")
     expect(named, f"--save-predictions {save}: {task} needs a .json file")
     if save and task == "pan":
         outputs.append(save.removesuffix(".json"))
-    for path in filter(None, outputs if rank == 0 else []):  # others may be so late that it is our own
-        expect(not os.path.exists(path), f"{path} exists, and is not replaced; remove it, or give another name")
+    for path in filter(None, outputs if rank == 0 else []):  # rank 0 may write before others are here
+        expect(not os.path.exists(path), f"{path} exists, and is not replaced; give another name")
         folder = os.path.dirname(path) or "."
-        expect(os.path.isdir(folder) and os.access(folder, os.W_OK), f"{path}: the folder {folder} cannot be written")
+        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        expect(writable, f"{path}: the folder {folder} cannot be written")
     chosen = args.explain or []
-    good = (args.explain is None or not dense) and len(chosen) < 3 and {*chosen} <= {*classes}
+    good = len(chosen) < 3 and {*chosen} <= {*classes} and not (dense and args.explain is not None)
     expect(good, f"--explain is for cls and takes up to two of its classes: {', '.join(classes)[:200]}")
 
 
@@ -555,13 +562,13 @@ def main():
         for path in args.images:
             inside = [str(file) for file in sorted(Path(path).glob("*")) if is_image_file(file.name)]
             names += inside or [path]
-        return draw(model, classes, names, lambda i: read_photo(names[i], task, size), args, device)
-    dataset = make_dataset(task, args.data or settings["data"], "val", size, classes=classes)
-    if args.images is not None or args.clusters or args.explain is not None:
+        read = lambda i: read_photo(names[i], task, size)
+    else:
+        dataset = make_dataset(task, args.data or settings["data"], "val", size, classes=classes)
         names = [dataset.name(i) for i in range(min(8, len(dataset)))]
-        return draw(model, classes, names, lambda i: dataset[0, i][0], args, device)
-    known = dataset.classes == classes
-    expect(known, f"{args.checkpoint} is trained for {len(classes)} classes that shapes do not have; give --data")
+        read = lambda i: dataset[0, i][0]
+    if args.images is not None or args.clusters or args.explain is not None:
+        return draw(model, classes, names, read, args, device) if rank == 0 else None
     workers = default_workers() if args.workers is None else args.workers
     batch_size = args.batch_size or (128 if task == "cls" else 8)
     metrics, rows = evaluate(model, dataset, device, batch_size, workers, args.save_predictions)

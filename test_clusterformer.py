@@ -916,12 +916,12 @@ class Deadly(data.Shapes):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("index, complaint", [(7, "a loader process was lost .*--ipc=host"), (9, "scene 9: ")])
+@pytest.mark.parametrize("index, complaint", [(7, "a loader process was lost.*--ipc=host"), (9, "error: scene 9: ")])
 def test_a_loader_ends_with_its_processes_although_they_ignore_signals(index, complaint):
     batches = data.batches_of(Deadly(20, 32, 0, "train"), 2, CPU, sampler=[(0, i) for i in (1, 2, index, 3, 4)])
-    with pytest.raises(data.InputError, match=complaint) as error:
-        list(batches)
-    assert error and not torch.multiprocessing.active_children()
+    with pytest.raises(SystemExit, match=complaint):
+        data.in_one_line(lambda: list(batches))
+    assert not torch.multiprocessing.active_children()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1115,8 +1115,8 @@ WRONG = [  # task, damage, part of the message
     ("inst", entry("images", 0, file_name="x.png"), "images[0]: x.png is not in"),
     ("inst", lambda root: cut_in_half(root / INSTANCES), "no COCO file"),
     ("inst", edit(lambda c: c.pop("categories")), "there is no 'categories'"),
-    ("inst", edit(lambda c: c.update(annotations=c["annotations"][4:])), "annotate in pixels"),
-    ("inst", edit(lambda c: [e.update(bbox=[0.1, 0.1, 0.5, 0.5]) for e in c["annotations"]]), "annotate in pixels"),
+    ("inst", edit(lambda c: c.update(annotations=c["annotations"][4:])), "no object with an area and a mask"),
+    ("inst", edit(lambda c: [e.update(bbox=[0.1, 0.1, 0.5, 0.5]) for e in c["annotations"]]), "write them in pixels"),
     ("inst", edit(lambda c: c["annotations"].insert(1, None)), "annotations[1]: "),
     ("inst", edit(lambda c: c["annotations"][1].pop("bbox")), "annotations[1]: there is no 'bbox'"),
     ("inst", one_object(image_id=99), "annotations[1]: there is no 99"),
@@ -1126,7 +1126,7 @@ WRONG = [  # task, damage, part of the message
         [1, 2, 3], ["1", "2", "3", "4"], [1, 2, math.nan, 4], 7, None)),
     *(("inst", one_object(area=area), "annotations[1]: ") for area in ("large", -1, math.nan)),
     *(("inst", one_object(segmentation=mask), "annotations[1]: ") for mask in (
-        MASK | dict(size=[60, 40]), MASK | dict(counts=[7, 9999]), MASK | dict(counts=TEXT + TEXT), dict(counts=TEXT),
+        MASK | dict(size=[60, 40]), MASK | dict(counts=[7, 9]), MASK | dict(counts=TEXT + TEXT), dict(counts=TEXT),
         [["x"] * 6], [[0, 0, 9, 0, 9, 1e9]], [[1, 1, 9, 1, 9, 9, 4]], [[math.nan] * 6])),
     ("inst", entry("images", 1, width="60"), "images[1]: "),
     ("inst", entry("images", 1, id="5"), "images[1]: ids must be different whole numbers"),
@@ -1141,17 +1141,18 @@ WRONG = [  # task, damage, part of the message
     ("pan", segments(lambda found: found.pop(2)), "segments [27000] have no entries in"),
     ("pan", segments(lambda found: found[0].update(category_id=99)), "there is no category 99"),
     ("pan", segments(lambda found: found[1].update(id=9000)), "two segments have the same id"),
-    ("pan", edit(lambda c: c["annotations"].append(c["annotations"][0])), "has 2 annotations"),
+    ("pan", edit(lambda c: c["annotations"].append(c["annotations"][0])), "has 2 annotations, and must have one"),
     ("pan", lambda root: (root / PAN_MAP).unlink(), "annotations[3]: 3.png is not in"),
     ("sem", lambda root: (root / MAPS / "1.png").unlink(), "no ['1.png']; every image"),
     ("sem", lambda root: (root / "images/training").rename(root / "images/train"), "training: no such"),
     ("sem", picture(MAPS + "/0.png", "L", 1, (50, 40)), "50 x 40"),
     ("sem", picture(MAPS + "/0.png", "RGB", "red"), "0.png: its mode is RGB"),
-    ("sem", stripes(0, 85, 170, 255), "are [85, 170]; number two or more classes"),
-    ("sem", stripes(0, 1), "are [1]; number two or more classes"),  # a lesion, and void
+    ("sem", stripes(0, 85, 170, 255), "labels [85, 170]; 0 and 255 are void"),
+    ("sem", stripes(0, 1), "labels [1]; 0 and 255 are void; number two or more"),  # a lesion, and void
     ("sem", stripes(0, 1, 9, 255, names=3), "0.png: label 9 in it"),
     ("sem", stripes(0, 40, 300, names=300), "its mode is I;16"),
     ("sem", lambda root: (root / NAMES).write_text("2\twall\n1\tsky\n"), "its rows are not 1, a tab"),
+    ("sem", lambda root: [x.unlink() for x in root.glob("images/training/*")], "there is no image in it"),
 ]
 
 
@@ -1220,7 +1221,7 @@ def test_the_common_coco_export_is_read_and_its_classes_are_matched_by_name(tmp_
     _, rows = evaluation.evaluate(Oracle(val_set, task, kites), val_set, CPU)
     assert [row["AP" if task == "det" else "mask_AP"] for row in rows] == [0, pytest.approx(1)]
     for classes in (["kite", "dog"], ["kite"], ["boat", "kite", "dog"]):
-        assert "is in the file or the model only" in refusal(lambda: read(tmp_path, task, "val", classes=classes))
+        assert "is only in the file, or only in the model" in refusal(lambda: read(tmp_path, task, "val", classes=classes))
 
 
 @pytest.mark.parametrize("values, names, classes, void", [
@@ -1239,6 +1240,8 @@ def test_255_is_void_if_there_are_fewer_classes(tmp_path, values, names, classes
     pixels, seen = np.asarray(Image.open(tmp_path / MAPS / "0.png")).astype(int), sorted(set(values) - {0, *void})
     assert len(train_set.classes) == classes and train_set.classes[1] == ("c1" if names else "2")
     assert train_set[0, 0][1]["labels"].tolist() == [value - 1 for value in seen]
+    if names:
+        assert "not the model's classes" in refusal(lambda: read(tmp_path, "sem", classes=["c1", "c0"]))
     for dataset in (train_set, val_set):
         for i in range(2):
             assert np.array_equal(dataset.label_map(i), np.where(np.isin(pixels, seen), pixels - 1, -1))
@@ -1726,8 +1729,8 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, mo
 def test_learning_rates_warm_up_and_follow_their_schedules():
     rates = {}
     for name in train.SCHEDULES:
-        settings = types.SimpleNamespace(epochs=11, warmup_epochs=1.0, lr=1.0, schedule=name)
-        rates[name] = [train.learning_rate(settings, step, 10) for step in range(110)]
+        settings = types.SimpleNamespace(warmup=1 / 11, lr=1.0, schedule=name)
+        rates[name] = [train.learning_rate(settings, step, 110) for step in range(110)]
     for rate in rates.values():
         np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10)
         assert (np.diff(rate[10:]) <= 0).all()
@@ -1749,7 +1752,7 @@ def train_and_evaluate(tmp_path, capsys, task, processes, *options):
     resume = "--task", task, "--resume", "--epochs", 2, "--out", out
     assert "resumed after step 2\n" in call(train, capsys, *resume)
     assert [line["step"] for line in log_of(out)] == [2, 4]
-    assert "held-out" in call(train, capsys, *resume)  # nothing is left to do
+    assert "python eval.py --checkpoint" in call(train, capsys, *resume)  # nothing is left to do
     more = ["--per-class", "--save-predictions", tmp_path / ("maps" if task == "sem" else "saved.json")] * dense
     again = ["--workers", 0, "--batch-size", 1 if dense else 2, "--json", found]
     printed = call(evaluation, capsys, "--checkpoint", out / "last.pt", *again, *more)
@@ -1804,7 +1807,7 @@ def test_a_run_on_other_images_or_batches_is_not_resumed(tmp_path, capsys):
     resume = ["--resume", "--epochs", 3, "--out", out]
     assert "with batch_size 4, not 2; --epochs" in failure(train, capsys, *resume, "--batch-size", 2)
     (tmp_path / "files" / "train" / "cat" / "0.png").unlink()
-    assert "with images 8, not 7; --epochs" in failure(train, capsys, *resume)
+    assert "is of a run on 8 images of 2 classes, and not these" in failure(train, capsys, *resume)
     assert step_of(out) == 4
 
 
@@ -1894,7 +1897,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_weights_of_an_uninterrupted_on
     run = start(processes, "--out", out, "--resume", "--task", task)
     printed, errors = run.communicate()
     assert run.returncode == 0 and "resumed after step" in printed, errors
-    assert printed.count("held-out images") == 1  # one process prints
+    assert printed.count("python eval.py") == 1  # one process prints
     assert_same_end(tmp_path / "whole", out)
 
 
@@ -1923,7 +1926,7 @@ def test_whatever_stops_one_process_stops_all_and_one_can_resume(tmp_path):
     wait_for(lambda: step_of(out) > step)
     run.send_signal(signal.SIGINT)  # Ctrl-C
     printed, errors = run.communicate()
-    assert run.returncode == 130 and "Traceback" not in errors and f"resumed after step {step}\n" in printed
+    assert run.returncode == 143 and "Traceback" not in errors and f"resumed after step {step}\n" in printed
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, capsys):
@@ -1955,7 +1958,7 @@ def test_after_20_bad_steps_a_run_stops_and_its_checkpoint_is_from_before_them(t
     spoil(monkeypatch, range(3, 100))
     arguments = [*QUICK, "--batch-size", 4, "--epochs", 1, "--checkpoint-every", 0, "--out", tmp_path]
     message = failure(train, capsys, *arguments)
-    assert re.search("step 23 is skipped: .* not finite, as 20 in a row: lower --lr .* is from before", message)
+    assert re.search("step 23 is skipped: .* not finite, as 20 in a row: lower --lr .* is the last checkpoint", message)
     assert step_of(tmp_path) == 3
 
 
@@ -2038,7 +2041,7 @@ def test_rehearsal_of_a_full_scale_recipe(tmp_path, monkeypatch, task, size):
     ("cls", lambda root: (root / "train").rename(root / "training"), "train: no such"),
     ("cls", lambda root: (root / "train" / "empty").mkdir(), "empty"),
     ("cls", lambda root: write_images(root, "val", ["wolf"]), "class folders ['wolf'] are no classes of the model"),
-    ("cls", lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "train: class folders []"),
+    ("cls", lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "there is no class folder in it"),
     ("cls", lambda root: [cut_in_half(path) for path in root.glob("val/*/*")], "cannot be read"),  # by a loader process
     ("det", lambda root: (root / "val2017" / "b.png").write_text("no image"), "b.png: cannot be read as an image"),
     ("inst", edit(lambda c: c["annotations"][2].update(segmentation=MASK | dict(counts="0")), "val"), "its run lengths"),
@@ -2058,8 +2061,8 @@ def test_broken_files_end_a_run_in_one_line(tmp_path, capsys, task, damage, comp
 @pytest.mark.parametrize("arguments, complaint", [
     (["--data", "/no/such/folder"], "/no/such/folder: no such"),
     (["--batch-size", 0], "argument --batch-size: must be at least 1 and below inf, got 0"),
-    (["--batch-size", 20000], "--batch-size 20000 must be divisible by 1 processes x --accumulate 1, and at most 5700"),
-    (["--batch-size", 50, "--accumulate", 3], "must be divisible by 1 processes x --accumulate 3"),
+    (["--batch-size", 20000], "--batch-size 20000 is more than the 5700 training images"),
+    (["--batch-size", 50, "--accumulate", 3], "is not divisible by 1 processes x --accumulate 3"),
     (["--image-size", 50], "--image-size 50 is not a multiple of 16"),
     (["--lr", "nan"], "argument --lr: must be at least 0 and below inf, got nan"),
     (["--variant", "huge"], "argument --variant: invalid choice: 'huge'"),
@@ -2108,7 +2111,6 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, monkeyp
     (["--checkpoint", "inst.pt", "--save-predictions", "a.json"], "a.json exists, and is not replaced"),
     (["--checkpoint", "pan.pt", "--save-predictions", "train.json"], "train exists, and is not replaced"),
     (["--checkpoint", "sem.pt", "--save-predictions", "train"], "train exists, and is not replaced"),
-    (["--checkpoint", "inst.pt"], "classes that shapes do not have; give --data"),
 ])
 def test_one_line_says_why_nothing_is_evaluated_or_drawn(folder, capsys, monkeypatch, checkpoint, arguments, complaint):
     monkeypatch.chdir(folder)
@@ -2205,7 +2207,7 @@ def test_imports_have_no_circle_functions_fit_on_a_screen_and_the_module_needs_t
         imported[script.__name__] = {module.split(".")[0] for module in found}
         functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         assert all(node.end_lineno - node.lineno < 60 for node in functions)  # each fits on a screen
-        assert max(map(len, inspect.getsource(script).splitlines())) <= 120
+        assert max(map(len, inspect.getsource(script).splitlines())) <= (120 if script is cf else 110)
     assert imported["clusterformer"] - {"torch", "numpy"} <= sys.stdlib_module_names
     taken = [n for n in ast.walk(ast.parse(inspect.getsource(train))) if isinstance(n, ast.ImportFrom)]
     assert sum(len(node.names) for node in taken if node.module == "eval") <= 4

@@ -9,13 +9,13 @@
     torchrun --nproc_per_node=8 train.py --task cls --data IMAGENET_DIR   # the full recipe on eight GPUs
     torchrun train.py --task cls --data IMAGENET_DIR --accumulate 8       # the same batch of 1024 on one GPU
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train.py --task cls --data IMAGENET_DIR                           # on each of two machines
+        train.py --task cls --data IMAGENET_DIR --out SHARED_DIR          # on each of two machines
     torchrun --nproc_per_node=8 train.py --task inst --data COCO_DIR --init CHECKPOINT
     torchrun --nproc_per_node=8 train.py --task sem --data ADE_DIR --init CHECKPOINT
 
-A setting that is not given comes from the run that is resumed, from --init (variant, patch size and T), or
-from the recipe of the task and the data: shapes; fewer than 10,000 training images; or the full scale of
-ImageNet, COCO and ADE20K.  It writes OUT/last.pt, OUT/metrics.json, and OUT/log.jsonl, a line per epoch.
+A setting that is not given comes from the run that is resumed, from --init (variant, patch size, iterations),
+or from the recipe of the task and the data: shapes; fewer than 10,000 training images; or the full scale of
+ImageNet, COCO and ADE20K.  A run writes OUT/last.pt, OUT/metrics.json, and OUT/log.jsonl, a line per epoch.
 However it is stopped, --resume continues it from OUT/last.pt, and on a CPU it ends with the weights of a run
 that was never stopped.
 """
@@ -48,34 +48,36 @@ from eval import describe, evaluate, read_checkpoint
 # --------------------------------------------------------------------------------------------------
 CLS = dict(
     variant="nano", patch_size=2, image_size=48, test_size=None, epochs=5, batch_size=64, lr=3e-3,
-    backbone_rate=1.0, schedule="cosine", warmup_epochs=1.0, clip=5.0, drop_path=0.0, ema=0.99,
-    evaluate_every=5, min_scale=0.08, color=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0,
-    erasing=0.0,
+    backbone_rate=1.0, schedule="cosine", warmup=0.2, clip=5.0, drop_path=0.0, ema=0.99, evaluate_every=5,
+    min_scale=0.08, color=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0, erasing=0.0,
 )  # fmt: skip
-DENSE = CLS | dict(image_size=96, patch_size=4, epochs=4, batch_size=8, warmup_epochs=0.3, ema=0.995)
-DENSE["evaluate_every"] = 1
+DENSE = CLS | dict(image_size=96, patch_size=4, epochs=4, batch_size=8, warmup=0.075, ema=0.995)
+DENSE |= dict(evaluate_every=1)
+# drop_path: None is that of the variant.
 FULL = CLS | dict(variant="tiny", patch_size=4, drop_path=None, ema=0.9999, evaluate_every=1)
-# Swin's recipe.  A magnitude of 27 of 30 is the usual 9 of 10.
-IMAGENET = FULL | dict(image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup_epochs=20.0)
+# Swin's recipe.  Its RandAugment has 10 magnitudes and takes the ninth; torchvision's has 30.
+IMAGENET = FULL | dict(image_size=224, epochs=300, batch_size=1024, lr=1e-3, warmup=20 / 300)
 IMAGENET |= dict(smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
 # A backbone from ImageNet should keep its features while neck and decoder are still random.
 COCO = FULL | dict(image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, backbone_rate=0.1)
-# Mask2Former scales by 0.1 to 2.  Here centers start from 10 x 10 cells of the crop: an image at a scale
-# of 0.5 covers about 19 of them, one at 0.1 covers one.  From 0.5 on, 22 % of the crops is padding, not 36 %.
-COCO |= dict(schedule="step", warmup_epochs=0.1, clip=0.1, evaluate_every=5, min_scale=0.5)
-ADE20K = COCO | dict(image_size=512, test_size=512, epochs=127, schedule="poly", warmup_epochs=1.0, color=1.0)
+# Mask2Former's smallest scale is 0.1.  Such an image would cover one of the 100 cells in which centers start.
+COCO |= dict(schedule="step", warmup=0.002, clip=0.1, evaluate_every=5, min_scale=0.5)
+# 127 epochs of 20,210 images are the usual 160,000 steps.
+ADE20K = COCO | dict(image_size=512, test_size=512, epochs=127, schedule="poly", warmup=0.008, color=1.0)
 SMALL = 10_000  # training images; fewer take a recipe of their own
+# Settings that a resumed run must share with the run before.
+MUST_AGREE = "variant", "patch_size", "iterations", "batch_size", "seed", "weight_decay", "init"
 
 
 def small_recipe(task, count, patch_size):
     """The recipe for a folder with `count` < SMALL training images.  Ours.
 
-    50 epochs of 100 images would be 300 steps at COCO's batch size, and a model learns nothing in
-    them.  So the fewer images, the more epochs; and steps count more, by a higher rate, also of a
-    backbone from --init, and a shorter average.  Nano and small images fit a CPU, and overfit less.
+    The fewer images, the more epochs: a model sees 410,000 images (cls), or 9,000.  The learning rate is
+    higher, also of a backbone from --init, and the average is shorter, since there are few steps.  Nano
+    and small images fit a CPU, and overfit less.
     """
     unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
-    recipe = CLS | dict(patch_size=patch_size, drop_path=None, evaluate_every=5, lr=2e-3, ema=0.999)
+    recipe = CLS | dict(patch_size=patch_size, drop_path=None, lr=2e-3, warmup=1 / 30, ema=0.999)
     if task == "cls":
         recipe |= dict(image_size=4 * unit, test_size=6 * unit, epochs=min(300, max(30, 410_000 // count)))
         recipe |= dict(smoothing=0.1, min_scale=0.2, randaugment=9)
@@ -84,7 +86,7 @@ def small_recipe(task, count, patch_size):
         recipe |= dict(batch_size=8, ema=0.995, min_scale=0.5, color=1.0)
     while recipe["batch_size"] > count:
         recipe["batch_size"] //= 2
-    return recipe | dict(warmup_epochs=round(recipe["epochs"] / 30, 1))
+    return recipe
 
 
 def recipe_of(task, data, count, patch_size=4):
@@ -99,7 +101,7 @@ def recipe_of(task, data, count, patch_size=4):
 # --------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------
-# Fraction of the peak learning rate; t goes from 0 after warm-up to 1 at the end.
+# Part of the peak learning rate; t goes from 0 after warm-up to 1 at the end.
 SCHEDULES = {
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "poly": lambda t: (1 - t) ** 0.9,
@@ -110,7 +112,7 @@ SCHEDULES = {
 def make_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", choices=TASKS, default="cls", help="of images, boxes, masks, pixels, things and stuff")
+    add("--task", choices=TASKS, default="cls", help="classes, boxes, masks, classes of pixels, or segments")
     add("--data", metavar="DIR", help="class folders (cls), COCO, ADE20K (sem); none: shapes")
     add("--out", metavar="DIR", help="folder of checkpoints and logs (default: runs/TASK)")
     add("--init", metavar="FILE", help="checkpoint whose weights are loaded where they fit")
@@ -130,7 +132,7 @@ def make_parser():
     add("--epochs", type=number(int, 1), help="passes over the images")
     add("--batch-size", type=number(int, 1), help="images per step, over all processes")
     add("--lr", type=number(float, 0), help="peak learning rate; the recipe's is scaled with --batch-size")
-    add("--warmup-epochs", type=number(float, 0), help="epochs over which the learning rate rises")
+    add("--warmup", type=number(float, 0, 1), help="part of the steps in which the learning rate rises")
     add("--clip", type=number(float, 0), help="maximum norm of the gradient; 0: do not clip")
     add("--drop-path", type=number(float, 0, 1), help="stochastic depth of the last block")
     add("--ema", type=number(float, 0, 1), help="decay of the averaged weights, which evaluation uses")
@@ -150,17 +152,19 @@ def parse_settings():
         saved = read_checkpoint(last)["settings"]
         parser.set_defaults(**saved)
     else:
-        model = read_checkpoint(given.init)["arguments"] if given.init else {}
-        model = {name: model[name] for name in ("variant", "patch_size", "iterations") if model}
+        theirs = read_checkpoint(given.init)["arguments"] if given.init else {}
+        theirs = {name: theirs[name] for name in theirs.keys() & {"variant", "patch_size", "iterations"}}
         count = count_images(given.task, given.data, SMALL) if given.data else SMALL
-        recipe = recipe_of(given.task, given.data, count, given.patch_size or model.get("patch_size", 4))
-        parser.set_defaults(**recipe | model | dict(lr=None))
+        recipe = recipe_of(given.task, given.data, count, given.patch_size or theirs.get("patch_size", 4))
+        parser.set_defaults(**recipe | theirs | dict(lr=None))
     settings = parser.parse_args()
-    task = saved.get("task", settings.task)
-    expect(task == settings.task, f"{last} is of a run with task {task}; --out DIR starts another")
+    for name in saved.keys() & {"task", *MUST_AGREE}:
+        change = f"{name} {saved[name]}, not {getattr(settings, name)}"
+        may = "--epochs, --lr, --workers and processes may change; --out and --init start another from it"
+        expect(saved[name] == getattr(settings, name), f"{last} is of a run with {change}; {may}")
     settings.out, settings.resume = out, given.resume
     settings.data = settings.data and os.path.abspath(settings.data)
-    if settings.lr is None:
+    if settings.lr is None:  # proportional to the batch size
         settings.lr = recipe["lr"] * settings.batch_size / recipe["batch_size"]
     if settings.drop_path is None:
         settings.drop_path = VARIANTS[settings.variant]["drop_path"]
@@ -176,14 +180,14 @@ def check_settings(settings):
     expect(size % stride == 0, f"--image-size {size} is not a multiple of {stride}")
     chunk = settings.batch_size // settings.accumulate // int(os.environ.get("WORLD_SIZE", 1))
     mixes = settings.mixup + settings.cutmix
-    expect(chunk > 1 or not mixes, "mixup and cutmix mix the images of a chunk, and it has one; raise --batch-size")
+    expect(chunk > 1 or not mixes, "mixup needs more than one image in a chunk; raise --batch-size")
 
 
 # --------------------------------------------------------------------------------------------------
 # Weights, optimizer, files
 # --------------------------------------------------------------------------------------------------
 def take_weights(model, path):
-    """Load the averaged weights that fit by name and shape.  Returns the names of the model's others."""
+    """Load the averaged weights that fit by name and shape.  Returns the names of those that are missing."""
     theirs, ours = read_checkpoint(path)["ema"], model.state_dict()
     fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
     fits = any(name.startswith("backbone.stages") for name in fitting)
@@ -201,11 +205,11 @@ def parameter_groups(model, weight_decay, backbone_rate):
     return [dict(params=params, weight_decay=decay, rate=rate) for (decay, rate), params in groups.items()]
 
 
-def learning_rate(settings, step, steps_per_epoch):
-    warmup, steps = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+def learning_rate(settings, step, steps):
+    warmup = settings.warmup * steps
     if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    return settings.lr * SCHEDULES[settings.schedule]((step - warmup) / max(1, steps - warmup))
+        return settings.lr * min(1, (step + 1) / warmup)
+    return settings.lr * SCHEDULES[settings.schedule]((step - warmup) / (steps - warmup))
 
 
 def batch_to_device(value, device):
@@ -239,9 +243,9 @@ def save(path, write):
 
 
 def on_signals(action):
-    """Call action(exit code) on SIGTERM (schedulers, torchrun) and on SIGINT (Ctrl-C)."""
+    """Call action(signal, frame) on SIGTERM (schedulers, torchrun) and on SIGINT (Ctrl-C)."""
     for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda kind, frame: action(128 + kind))
+        signal.signal(kind, action)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,14 +261,16 @@ class Run:
         self.settings, self.train, self.val = settings, train, val
         self.rank, self.world_size, self.device = rank, world_size, device
         self.last = os.path.join(settings.out, "last.pt")
-        self.steps_per_epoch = max(1, len(train) // settings.batch_size)
+        self.steps_per_epoch = len(train) // settings.batch_size
         self.steps = settings.epochs * self.steps_per_epoch
         self.step, self.log, self.sums = 0, [], {}  # steps done; a line per epoch; losses of this epoch
         self.bad_steps = 0  # consecutive steps without a finite loss or gradient
-        self.stop_signals = []  # exit codes of the signals received
+        self.signals = 0  # received
         torch.manual_seed(settings.seed)
-        model = [settings.task, settings.variant, len(train.classes), settings.patch_size, settings.iterations]
-        self.model = ClusterFormer(*model, settings.drop_path, settings.smoothing, train.things).to(device)
+        self.model = ClusterFormer(
+            settings.task, settings.variant, len(train.classes), settings.patch_size, settings.iterations,
+            settings.drop_path, settings.smoothing, train.things
+        ).to(device)  # fmt: skip
         resumed = settings.resume and os.path.exists(self.last)
         new = take_weights(self.model, settings.init) if settings.init and not resumed else []
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -274,8 +280,9 @@ class Run:
         if resumed:
             self.load(read_checkpoint(self.last))
         self.runner = torch.compile(self.model) if settings.compile else self.model
-        if world_size > 1:  # gradients share memory with the buckets that are exchanged
+        if world_size > 1:
             gpu = [device.index] if device.type == "cuda" else None
+            # Views: gradients lie in the buffers in which processes exchange them, and take no memory beside.
             self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
             for name, data in ("training", train), ("validation", val):
@@ -284,26 +291,23 @@ class Run:
             size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
             print(f"{size:.1f} M parameters, {self.steps} steps on {world_size} x {device.type}")
             if settings.resume:
-                print(f"resumed after step {self.step}" if resumed else f"{self.last} is not there: a new run")
+                print(f"resumed after step {self.step}" if resumed else f"no {self.last}: this is a new run")
             if new:
                 modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
                 print(f"{settings.init} has no fitting weights of {', '.join(modules)}")
 
     def load(self, checkpoint):
-        """Continue from a checkpoint.  Raises InputError if its model, images or batches are others."""
-        theirs = checkpoint["settings"] | {name: checkpoint[name] for name in ("classes", "images")}
-        ours = vars(self.settings) | dict(classes=list(self.train.classes), images=len(self.train))
-        for name in ("variant", "patch_size", "iterations", "classes", "images", "batch_size"):
-            change = f"with {name} {str(theirs[name])[:40]}, not {str(ours[name])[:40]}"
-            may = "--epochs, --lr, --workers and processes may change; --init starts anew from it"
-            expect(theirs[name] == ours[name], f"{self.last} is of a run {change}; {may}")
+        """Continue from a checkpoint.  Raises InputError if it is of a run on other images."""
+        same = checkpoint["classes"] == self.train.classes and checkpoint["images"] == len(self.train)
+        what = f"{checkpoint['images']} images of {len(checkpoint['classes'])} classes, and not these"
+        expect(same, f"{self.last} is of a run on {what}; --init in another --out starts anew from it")
         self.model.load_state_dict(checkpoint["model"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step, self.log, self.sums = (checkpoint[name] for name in ("step", "log", "sums"))
 
     def write_checkpoint(self):
-        state = dict(version=VERSION, arguments=self.model.arguments, classes=list(self.train.classes))
+        state = dict(version=VERSION, arguments=self.model.arguments, classes=self.train.classes)
         state |= dict(settings=vars(self.settings), images=len(self.train), step=self.step, log=self.log)
         state |= dict(sums=self.sums, model=self.model.state_dict(), ema=self.ema.state_dict())
         state |= dict(optimizer=self.optimizer.state_dict())
@@ -312,11 +316,14 @@ class Run:
     def write_text(self, name, text):
         save(os.path.join(self.settings.out, name), lambda file: file.write(text.encode()))
 
-    def leave(self, code):
+    def leave(self, *_):
         if self.rank == 0:
             how = f"--out {self.settings.out} --resume continues from there"
             print(f"stopped after step {self.step} of {self.steps}; {how}", file=sys.stderr)
-        sys.exit(code)
+        sys.exit(128 + signal.SIGTERM)
+
+    def note_signal(self, *_):
+        self.signals += 1
 
     def all_reduce(self, tensor):
         if self.world_size > 1:
@@ -340,20 +347,20 @@ class Run:
                 strength = settings.mixup, settings.cutmix, settings.seed, self.step
                 images, targets = mix(images, targets, len(self.train.classes), *strength)
             # Processes exchange gradients once per step, in the last chunk.
-            waits = self.world_size > 1 and i < len(chunks) - 1
-            with self.runner.no_sync() if waits else contextlib.nullcontext():
+            more_follow = self.world_size > 1 and i < len(chunks) - 1
+            with self.runner.no_sync() if more_follow else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     output = self.runner(images)
                 losses = self.model.loss(output, targets)
                 losses = {name: loss / total for name, loss in losses.items()}
-                (sum(losses.values()) * self.world_size).backward()  # DDP averages; losses are sums
+                (sum(losses.values()) * self.world_size).backward()  # DDP divides gradients by it
             parts.update({name: loss.detach() for name, loss in losses.items()})
         return parts
 
     def train_step(self, chunks):
         """One optimizer step.  Returns nonzero if any process has received a stop signal."""
         settings = self.settings
-        lr = learning_rate(settings, self.step, self.steps_per_epoch)
+        lr = learning_rate(settings, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
         # Seeded by step: a resumed run draws the same stochastic depth and mask points.
@@ -363,12 +370,13 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
         # Reduce the stop flag, gradient norm and losses, so that all ranks take the same decision.
         # Reading them is the only time in a step that the CPU waits for the GPU.
-        stop_flag = torch.full((), float(len(self.stop_signals)), device=self.device)
+        stop_flag = torch.full((), float(self.signals), device=self.device)
         stop, *values = self.all_reduce(torch.stack([stop_flag, norm, *parts.values()])).tolist()
         if all(map(math.isfinite, values)):
             self.optimizer.step()
             decay = min(settings.ema, (1 + self.step) / (10 + self.step))  # a short memory at first
-            get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), list(self.model.parameters()), None)
+            averages, parameters = list(self.ema.parameters()), list(self.model.parameters())
+            get_ema_multi_avg_fn(decay)(averages, parameters, None)
             losses = dict(zip(parts, values[1:]), steps=1)
             self.sums = {name: self.sums.get(name, 0.0) + value for name, value in losses.items()}
             self.bad_steps = 0
@@ -378,25 +386,25 @@ class Run:
             if self.rank == 0:
                 print(what, file=sys.stderr)
             remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
-            what += f", as {MAX_BAD_STEPS} in a row: {remedy}; {self.last} is from before"
+            what += f", as {MAX_BAD_STEPS} in a row: {remedy}; {self.last} is the last checkpoint"
             expect(self.bad_steps < MAX_BAD_STEPS, what)
         self.optimizer.zero_grad()
         self.step += 1
         return stop
 
     def end_epoch(self, started, first_step):
-        """Evaluate, log and save.  started, first_step: time and step when it began, or was resumed."""
+        """Evaluate, log and save.  started, first_step: when the epoch began, or was resumed."""
         settings, epoch, metrics = self.settings, len(self.log) + 1, {}
         seconds = time.time() - started
-        if self.rank == 0:
-            self.write_checkpoint()
         if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
-            on_signals(self.leave)  # at once: an evaluation may take minutes, and nothing is lost
-            # Photographs of the dense tasks are large, and each has its own size.
-            one = settings.task != "cls" and settings.data
-            batch_size = 1 if one else max(1, settings.batch_size // self.world_size)
+            if self.rank == 0:
+                self.write_checkpoint()
+            on_signals(self.leave)  # at once: an evaluation may take minutes, and all steps are saved
+            batch_size = max(1, settings.batch_size // self.world_size)
+            if settings.task != "cls" and settings.data:
+                batch_size = 1  # photographs are large, and each has its own size
             metrics, _ = evaluate(self.ema, self.val, self.device, batch_size, settings.workers)
-            on_signals(self.stop_signals.append)
+            on_signals(self.note_signal)
         losses = self.means()
         line = dict(epoch=epoch, step=self.step, loss=sum(losses.values()) if losses else None) | metrics
         line |= dict(losses=losses, seconds=seconds)
@@ -410,17 +418,18 @@ class Run:
         if metrics:
             self.write_text("metrics.json", to_json(metrics, indent=2))
         self.write_text("log.jsonl", "".join(to_json(line) + "\n" for line in self.log))
-        self.write_checkpoint()  # comes last: a run killed before it repeats all of this
-        found = describe(metrics, settings.task) if metrics else ""
+        self.write_checkpoint()  # comes last: a run that is killed before it evaluates again
         loss = f"loss {line['loss']:.3f}" if losses else "no finite loss"
-        tqdm.write(f"epoch {epoch}/{settings.epochs}  {loss}  {found}  {line['images_per_second']:.0f} images/s")
+        found = describe(metrics, settings.task) if metrics else ""
+        speed = f"{line['images_per_second']:.0f} images/s"
+        tqdm.write("  ".join(filter(None, (f"epoch {epoch}/{settings.epochs}", loss, found, speed))))
 
     def loop(self, stream):
         """The remaining steps.  stream: chunks of this process, in order."""
         settings, started, first_step, saved = self.settings, time.time(), self.step, time.time()
-        on_signals(self.stop_signals.append)  # the current step is finished first
+        on_signals(self.note_signal)  # the current step is finished first
         if self.rank == 0:
-            self.write_checkpoint()  # if it can be written; and no other run may take this folder
+            self.write_checkpoint()  # can it be written?  And a second run with this folder is refused now
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=True if self.rank else None)
         while len(self.log) < settings.epochs:
             if self.step == (len(self.log) + 1) * self.steps_per_epoch:
@@ -431,13 +440,13 @@ class Run:
             bar.update()
             if self.step % 10 == 0:
                 bar.set_postfix(loss=sum(self.means().values()))
-            # Not during bad steps: they may end the run, and resuming in them would not help.
-            due = time.time() - saved > 60 * settings.checkpoint_every
-            if self.rank == 0 and not self.bad_steps and (stop or due):
+            # Not during bad steps: the checkpoint of a run that ends by them is from before them.
+            due = time.time() - saved > 60 * settings.checkpoint_every and not self.bad_steps
+            if self.rank == 0 and (stop or due):
                 self.write_checkpoint()
                 saved = time.time()
             if stop:
-                self.leave(max(self.stop_signals, default=128 + signal.SIGTERM))
+                self.leave()
         bar.close()
 
 
@@ -446,13 +455,15 @@ def main():
     check_settings(settings)
     rank, world_size, device = start_processes()
     task, data, seed = settings.task, settings.data, settings.seed
-    augmentation = settings.min_scale, settings.color, settings.randaugment, settings.erasing
-    train = make_dataset(task, data, "train", settings.image_size, seed, None, *augmentation)
+    augmentation = dict(least=settings.min_scale, color=settings.color)
+    augmentation |= dict(randaugment=settings.randaugment, erasing=settings.erasing)
+    train = make_dataset(task, data, "train", settings.image_size, seed, **augmentation)
     val = make_dataset(task, data, "val", settings.test_size, classes=train.classes)
     run = Run(settings, train, val, rank, world_size, device)
     split = settings.batch_size, run.steps, seed, rank, world_size, settings.accumulate, run.step
     options = dict(batch_sampler=GlobalBatches(len(train), *split))
-    options |= dict(collate_fn=None if task == "cls" else stacked)  # None: labels are numbers
+    if task != "cls":
+        options |= dict(collate_fn=stacked)  # targets are dictionaries, not numbers
     with contextlib.closing(batches_of(SkipBroken(train), settings.workers, device, **options)) as stream:
         try:
             run.loop(stream)
@@ -460,7 +471,6 @@ def main():
             if rank == 0 and run.step == 0 and os.path.exists(run.last):
                 os.remove(run.last)  # nothing was learned: the folder is free again
     if rank == 0:
-        print(f"{describe(run.log[-1], task)} on {len(val)} held-out images")
         print(f"python eval.py --checkpoint {run.last}")
 
 
