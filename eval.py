@@ -180,8 +180,7 @@ def semantic_metrics(counts):
     """mIoU over the classes that occur, pixel accuracy, and the IoU of each class (nan: absent)."""
     correct, true, predicted = counts.double().unbind(1)
     iou = correct / (true + predicted - correct)
-    mean, accuracy = iou[~iou.isnan()].mean(), correct.sum() / true.sum()
-    return dict(miou=mean.item(), pixel_accuracy=accuracy.item()), iou
+    return dict(miou=iou.nanmean().item(), pixel_accuracy=(correct.sum() / true.sum()).item()), iou
 
 
 def describe(metrics, task):

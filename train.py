@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -283,6 +284,8 @@ class Run:
         if world_size > 1:
             gpu = [device.index] if device.type == "cuda" else None
             # Views: gradients lie in the buffers in which processes exchange them, and take no memory beside.
+            # Its warning is about depthwise kernels: strides of a side of 1 are arbitrary.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
             for name, data in ("training", train), ("validation", val):
