@@ -150,9 +150,8 @@ class Packed:
 class Images(Dataset):
     """What all data sets share.
 
-    `classes` are names.  A row of `images` is the name of an image in `folder`, and what belongs to it:
-    its label (Folder), or its number in the files and its size (Coco) or label map (Ade).  `things` says
-    which classes are countable (pan), `note` what is not used.
+    `classes` are names.  A row of `images` is the name of an image in `folder`, then its label (Folder), or
+    its number in the files and its size (Coco) or label map (Ade).  `things`: is a class countable (pan)?
     """
 
     folder, things, note = "", None, ""
@@ -218,7 +217,6 @@ def draw_scene(rng, size, things):
     """Draw three to five regions of stuff, then things, each one over the previous ones.
 
     things: list of (class, radius, x, y), with radius and center as fractions of the side.
-    Rotation, stretch, color and pattern are drawn here, independent of the class.
     Returns the image, uint8 (3, size, size), and segments, int64 (size, size): i for the visible
     pixels of things[i], -1 - s for stuff of class s.
     """
@@ -874,7 +872,7 @@ def batches_of(dataset, workers, device, **options):
 
 
 class GlobalBatches(Sampler):
-    """Yields (epoch, index) keys of one process: its chunks of every global batch, step by step.
+    """Yields lists of (epoch, index), the chunks of one process in every global batch.
 
     An epoch is a permutation drawn from (seed, epoch), without the last, incomplete batch.  A global
     batch is split into world_size * accumulate equal chunks, of which this process takes `accumulate`.

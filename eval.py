@@ -49,33 +49,24 @@ from data import make_dataset, number, read_photo, start_processes, to_json
 COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
 
-@contextlib.contextmanager
-def reading(path):
-    """Turn what goes wrong with a checkpoint into one line."""
+def read_checkpoint(path):
+    """The content of a checkpoint of train.py, a dictionary, on the CPU."""
     try:
-        yield
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code can run
+        expect(checkpoint["version"] == VERSION, f"version {checkpoint['version']}, not {VERSION}")
+        return checkpoint
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # broken archives raise many kinds, some of them with many lines
-        why = str(error)[:99] if isinstance(error, ValueError) else type(error).__name__
+        why = str(error) if isinstance(error, InputError) else type(error).__name__
         raise InputError(f"{path}: not a whole checkpoint of this train.py ({why}); train anew") from error
-
-
-def read_checkpoint(path):
-    """The content of a checkpoint of train.py, a dictionary, on the CPU."""
-    with reading(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code can run
-        if checkpoint["version"] != VERSION:
-            raise ValueError(f"version {checkpoint['version']}, not {VERSION}")
-        return checkpoint
 
 
 def load_checkpoint(path):
     """Return the averaged model, in evaluation mode on the CPU, and the whole checkpoint."""
     checkpoint = read_checkpoint(path)
-    with reading(path):
-        model = ClusterFormer(**checkpoint["arguments"])
-        model.load_state_dict(checkpoint["ema"])
+    model = ClusterFormer(**checkpoint["arguments"])
+    model.load_state_dict(checkpoint["ema"])
     return model.eval(), checkpoint
 
 
