@@ -165,7 +165,7 @@ class Images(Dataset):
 
 # --------------------------------------------------------------------------------------------------
 # Shapes: scenes with things, stuff, occlusion and texture, drawn in about a millisecond
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def star(u, v):
     """Fold the plane into one tenth of the star, then measure to the edge from tip to notch."""
     tenth = math.pi / 5
@@ -358,29 +358,24 @@ def seeded(*numbers):
         yield
 
 
-@contextlib.contextmanager
-def opened(path):
-    """A PIL image.  Raises InputError if the file is truncated, or no image of 8 bits a channel."""
+def read_image(path, modes=EIGHT_BITS):
+    """A PIL image, upright.  Raises InputError if the file is broken, or its mode is another one."""
     try:
         with Image.open(path) as image:
-            if image.mode not in EIGHT_BITS:
-                raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
-            yield image
-    except InputError:
-        raise
+            expect(image.mode in modes, f"its mode is {image.mode}, not {' or '.join(modes)}")
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            return image
     except Exception as error:  # broken files raise many kinds
-        what = f"cannot be read as an image ({error}); replace or remove it"
-        raise InputError(f"{path}: {what}") from error
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
 def load_image(path):
     """PIL RGB, upright."""
-    with opened(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # in place: the others are not copied
-        width, height = image.size
-        thin = max(width, height) > 100 * min(width, height)  # resized, it might have no pixel
-        expect(not thin, f"{path}: {width} x {height} pixels are too thin; remove it")
-        return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    image = read_image(path)
+    thin = max(image.size) > 100 * min(image.size)  # resized, it might have no pixel
+    expect(not thin, f"{path}: {image.width} x {image.height} pixels are too thin; remove it")
+    return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
 
 
 def train_transform(size, least, randaugment, erasing):
@@ -532,8 +527,11 @@ class Dense(Images):
         labels  (n,) int64           class of each object (det, inst), segment (pan) or mask (sem)
         boxes   (n, 4) float32       center x, center y, width, height, as fractions of the image
         masks   (n, size, size) bool not for det
-    In evaluation, it has the image's `index` and its `size` (H, W) in the file.  The ground
-    truth comes from coco() for det and inst, label_map(index) for sem, segments(index) for pan.
+    In evaluation, it has the image's `index` and its `size` (H, W) in the file.
+
+    A child sets classes, categories, images, folder, split, transform and seed.  It has truth(index, size):
+    labels, boxes and masks of an image for training_sample, after a look at its size.  And for evaluation,
+    coco() for det and inst, label_map(index) for sem, or segments(index) for pan.
     """
 
     def __getitem__(self, key):
@@ -573,8 +571,9 @@ def run_lengths_of(mask, size):
     else:
         expect(list(mask["size"]) == list(size), f"the size of its run lengths is not {[*size]}")
         rle = mask_utils.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else dict(mask)
+        # They fill the image and no less.  Where they end too early, a mask would be what was in memory.
         whole = fits(rle, math.prod(size)) and not fits(rle, math.prod(size) - 1)
-        expect(whole, "its run lengths do not add up to its size")  # decode would return what is in memory
+        expect(whole, "its run lengths do not add up to its size")
     return rle if rle and mask_utils.area(rle) else None
 
 
@@ -614,7 +613,9 @@ class Coco(Dense):
         export = os.path.join(folder_of(root, split), "_annotations.coco.json")
         if task != "pan" and os.path.exists(export):
             self.folder, self.path = os.path.dirname(export), export
-        need(root, self.folder, self.path, self.maps if task == "pan" else root)
+        need(root, self.folder, self.path)
+        if task == "pan":
+            need(self.maps)
         images, annotations = self.read(classes)
         entries = {number: [] for number in images}
         for number, x in enumerate(annotations, 1):
@@ -776,10 +777,7 @@ class Ade(Dense):
     def read_map(self, index):
         """Labels, uint8 (H, W)."""
         path = os.path.join(self.maps, self.images[index][2])
-        with opened(path) as image:
-            good = image.mode in ("L", "P")
-            expect(good, f"{path}: its mode is {image.mode}; save labels as a gray or palette PNG")
-            return torch.from_numpy(np.array(image))
+        return torch.from_numpy(np.array(read_image(path, ("L", "P"))))
 
     def label_map(self, index):
         """Classes of pixels, int64 (H, W), -1 for void."""
@@ -791,7 +789,7 @@ class Ade(Dense):
         return labels - 1
 
     def truth(self, index, size):
-        """The same for label maps, whose numbers are those of the files."""
+        """Labels, and the label map, for training_sample."""
         labels = self.label_map(index)
         need_size(self.name(index), size, labels.shape, "its label map")
         return dict(zip(self.categories, range(len(self.classes)))), None, (labels + 1).byte()

@@ -11,9 +11,8 @@
 cls: top-1 and top-5.  det, inst: COCO's twelve metrics, by pycocotools.  sem: mIoU and pixel
 accuracy.  pan: PQ, SQ, RQ.
 
-All are exact for any number of processes.  Process r of n takes images r, r + n, r + 2n, ..., and
-no image is counted twice to fill a batch.  The first process puts the results back into the order
-of the images before it ranks or sums them.
+Any number of processes gives the same metrics: no image is counted twice, and the first process
+puts the results back into the order of the images before it ranks or sums them.
 """
 
 import argparse
@@ -55,8 +54,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code can run
         expect(checkpoint["version"] == VERSION, f"version {checkpoint['version']}, not {VERSION}")
         return checkpoint
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
+    except OSError:
+        raise  # its message names the file
     except Exception as error:  # broken archives raise many kinds, some of them with many lines
         why = str(error) if isinstance(error, InputError) else type(error).__name__
         raise InputError(f"{path}: not a whole checkpoint of this train.py ({why}); train anew") from error
@@ -199,10 +198,10 @@ def score_image(dataset, task, target, prediction, folder):
     if task == "cls":
         hits = (prediction["labels"] == target).tolist()
         return hits[0], any(hits)
-    name, number, _ = dataset.images[target["index"]]
+    name, image_id, _ = dataset.images[target["index"]]
     categories, file_name = dataset.categories, os.path.splitext(name)[0].replace("/", "_") + ".png"
     if task in ("det", "inst"):
-        return coco_results(prediction, number, categories)
+        return coco_results(prediction, image_id, categories)
     if task == "sem":
         labels = prediction["semantic"].cpu()
         pixels, truth = labels + 1, dataset.label_map(target["index"])
@@ -214,7 +213,7 @@ def score_image(dataset, task, target, prediction, folder):
         label_of = {category: label for label, category in enumerate(categories)}
         truth = dataset.segments(target["index"])
         counts = panoptic_counts(ids, segments, *truth, label_of, len(categories))
-        score = counts, dict(image_id=number, file_name=file_name, segments_info=table)
+        score = counts, dict(image_id=image_id, file_name=file_name, segments_info=table)
     if folder:
         dtype = np.uint8 if pixels.max() < 256 else np.uint16
         Image.fromarray(pixels.numpy().astype(dtype)).save(os.path.join(folder, file_name))
@@ -297,9 +296,8 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None):
 MIN_SCORE = 0.3  # det, inst: objects with lower scores are not drawn
 MIN_SHARE = 0.01  # of the pixels: smaller regions have no name
 ORANGE, BLUE = (213, 94, 0), (0, 114, 178)
-# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008), then paler versions.
+# Seven colors that color-blind readers can tell apart (Okabe and Ito, 2008).
 COLORS = [BLUE, (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), ORANGE, (240, 228, 66)]
-COLORS += [tuple(c + (255 - c) // 2 for c in rgb) for rgb in COLORS]
 
 
 def panel_of(image, side):
@@ -338,11 +336,13 @@ def write(panel, captions):
 
 def sheet(rows):
     """A picture with rows of (title, panel), all panels of one size."""
-    panels = []
-    for title, panel in itertools.chain(*rows):
-        room = functional.pad(panel, [0, 20, max(0, 300 - panel.shape[2]), 0], fill=255)
-        panels.append(write(room, [(title, (0, 0))]))
-    return functional.to_pil_image(make_grid(panels, max(map(len, rows)), 10, pad_value=255))
+    panels, longest = [], max(map(len, rows))
+    for row in rows:
+        for title, panel in row:
+            room = functional.pad(panel, [0, 20, max(0, 300 - panel.shape[2]), 0], fill=255)
+            panels.append(write(room, [(title, (0, 0))]))
+        panels += [torch.full_like(panels[0], 255)] * (longest - len(row))
+    return functional.to_pil_image(make_grid(panels, longest, 10, pad_value=255))
 
 
 def regions_of(prediction, names):
@@ -431,6 +431,7 @@ def explain(model, image, weights):
         w = (w - w.mean()) / deviation / len(C)  # (K, D)
         # Contributions through C(0), then through the iterations.
         contributions = grid_assignment(*size).to(w) * (w @ tokens.T)  # (K, N)
+        # A value goes to a center in each iteration, so its weights add up.
         values, W = entry["values"][0], sum(entry["weights"])[0]  # (h, N, d), (h, K, N)
         w = w.unflatten(1, (len(values), -1)).transpose(0, 1)  # (h, K, d)
         contributions = contributions + (W * (w @ values.mT)).sum(0)
@@ -438,19 +439,12 @@ def explain(model, image, weights):
     return value.item(), bias.item(), contributions.unflatten(1, size)
 
 
-def logit_weights(chosen, count):
-    """Weights (count,) of a class's logit less the mean of all, or of the difference of two classes.
-
-    Softmax ignores what is added to all logits, so tokens that speak for all classes are no evidence.
-    """
-    own, *other = torch.eye(count)[chosen]
-    return own - (other[0] if other else 1 / count)
-
-
 def explanation_panels(model, image, names, chosen):
     """A picture of explain().  chosen: one or two class indices; empty: the most likely class."""
     chosen = chosen or [model.predict([image])[0]["labels"][0].item()]
-    value, bias, maps = explain(model, image, logit_weights(chosen, len(names)).to(image.device))
+    # Softmax ignores what is added to all logits, so tokens that speak for all classes are no evidence.
+    own, *other = torch.eye(len(names), device=image.device)[chosen]
+    value, bias, maps = explain(model, image, own - (other[0] if other else 1 / len(names)))
     total, panel = maps.sum(0).cpu(), panel_of(image, 560)
     # Over the gray image: orange where a token adds to the value, blue where it takes away.
     heat = enlarge(total / total.abs().max().clamp(min=1e-9), model.backbone.strides[-1], image, panel)
@@ -472,7 +466,6 @@ def free(path):
 def draw(model, classes, names, read, args, device):
     """Draw predictions, and what the arguments say, into a folder.  names: of images.  read(i): image i."""
     os.makedirs(args.out, exist_ok=True)
-    drawn = 0
     for i, name in enumerate(tqdm(names, "draw", leave=False, disable=None)):
         try:
             image = as_float(read(i)).to(device)
@@ -490,8 +483,7 @@ def draw(model, classes, names, read, args, device):
         stem = os.path.splitext(os.path.basename(name))[0][:99]
         for kind, rows in sheets.items():
             sheet(rows).save(free(os.path.join(args.out, f"{stem}{kind}.png")))
-        drawn += 1
-    print(f"pictures of {drawn} images are in {args.out}")
+    print(f"pictures are in {args.out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,9 +494,10 @@ def parse_arguments():
     add = parser.add_argument
     add("--checkpoint", required=True, help="a last.pt of train.py")
     add("--data", metavar="DIR", help="its validation images are used (default: the training data's)")
-    add("--image-size", type=number(int, 32), help="pixels per side, or of the short side (as in training)")
+    add("--image-size", type=number(int, 32), help="pixels per side, or of the short side (as training's)")
     add("--batch-size", type=number(int, 1), help="images per step and process (cls 128, others 8)")
-    add("--workers", type=number(int, 0), help="loader processes per process (spare cores)")
+    workers = "loader processes per process (spare cores, at most 16)"
+    add("--workers", type=number(int, 0), default=default_workers(), help=workers)
     add("--json", metavar="FILE", help="also write metrics, as fractions of 1, to a new FILE")
     add("--per-class", action="store_true", help="also print AP, IoU or PQ per class; not for cls")
     formats = "write predictions to a new place; sem: a folder of PNGs of label + 1; det, inst, pan: a "
@@ -516,7 +509,9 @@ def parse_arguments():
     why = "cls: draw the evidence for CLASS (the most likely), or for one against another"
     add("--explain", nargs="*", metavar="CLASS", help=why)
     add("--out", metavar="DIR", default="pictures", help="folder of the pictures, which replace no file")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.draw = args.images is not None or args.clusters or args.explain is not None
+    return args
 
 
 def check_arguments(args, task, classes, rank):
@@ -534,6 +529,8 @@ def check_arguments(args, task, classes, rank):
         folder = os.path.dirname(path) or "."
         writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
         expect(writable, f"{path}: the folder {folder} cannot be written")
+    numbers = args.json or save or args.per_class
+    expect(not args.draw or not numbers, "pictures come without --json, --per-class and --save-predictions")
     chosen = args.explain or []
     good = len(chosen) < 3 and {*chosen} <= {*classes} and not (dense and args.explain is not None)
     expect(good, f"--explain is for cls and takes up to two of its classes: {', '.join(classes)[:200]}")
@@ -546,7 +543,7 @@ def main():
     settings, classes, task = checkpoint["settings"], checkpoint["classes"], model.task
     check_arguments(args, task, classes, rank)
     model.to(device)
-    size = args.image_size or settings["test_size"]
+    size = args.image_size or settings["test_size"] or settings["image_size"]
     if args.images:
         names = []
         for path in args.images:
@@ -557,11 +554,10 @@ def main():
         dataset = make_dataset(task, args.data or settings["data"], "val", size, classes=classes)
         names = [dataset.name(i) for i in range(min(8, len(dataset)))]
         read = lambda i: dataset[0, i][0]
-    if args.images is not None or args.clusters or args.explain is not None:
+    if args.draw:
         return draw(model, classes, names, read, args, device) if rank == 0 else None
-    workers = default_workers() if args.workers is None else args.workers
     batch_size = args.batch_size or (128 if task == "cls" else 8)
-    metrics, rows = evaluate(model, dataset, device, batch_size, workers, args.save_predictions)
+    metrics, rows = evaluate(model, dataset, device, batch_size, args.workers, args.save_predictions)
     if rank == 0:
         print(f"{len(dataset)} images, {len(classes)} classes{dataset.note}\n{describe(metrics, task)}")
         table = {"all": metrics} | (dict(zip(classes, rows)) if args.per_class else {})

@@ -879,7 +879,7 @@ def test_images_of_every_kind_are_read_correctly(tmp_path, monkeypatch):
         image = np.asarray(data.load_image(path)).astype(int)
         assert image.shape == (40, 60, 3) and np.abs(image - rgb)[[5, 35, 35], [30, 10, 50]].max() < 12, path
     Image.fromarray(wide).save(tmp_path / "16bit.png")
-    assert "its mode is I;16, not 8 bits a channel" in refusal(lambda: data.load_image(tmp_path / "16bit.png"))
+    assert "its mode is I;16, not 1 or L or" in refusal(lambda: data.load_image(tmp_path / "16bit.png"))
     for transform in (data.train_transform(32, 0.08, 9, 0), data.eval_transform(32)):
         assert transform(Image.new("RGB", (1, 1))).shape == transform(Image.new("RGB", (9000, 30))).shape == (3, 32, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # more than twice as many may fill the memory
@@ -1134,7 +1134,7 @@ WRONG = [  # task, damage, part of the message
     ("inst", entry("images", 1, id=5), "images[1]: ids must be different whole numbers"),
     ("inst", entry("categories", 1, name="kite"), "two categories have the same name"),
     ("inst", picture("train2017/a.png", "RGB"), "a.png: 90 x 60 pixels"),
-    ("inst", lambda root: Image.new("I;16", (60, 40)).save(root / "train2017" / "a.png"), "not 8 bits a channel"),
+    ("inst", lambda root: Image.new("I;16", (60, 40)).save(root / "train2017" / "a.png"), "its mode is I;16, not"),
     ("pan", lambda root: (root / PAN_MAP).parent.rename(root / "x"), "panoptic_train2017"),
     ("pan", picture(PAN_MAP, "RGB", 0, (61, 40)), "3.png: 61 x 40 pixels"),
     ("pan", lambda root: cut_in_half(root / PAN_MAP), "3.png: cannot be read"),
@@ -1146,7 +1146,7 @@ WRONG = [  # task, damage, part of the message
     ("sem", lambda root: (root / MAPS / "1.png").unlink(), "no ['1.png']; every image"),
     ("sem", lambda root: (root / "images/training").rename(root / "images/train"), "training: no such"),
     ("sem", picture(MAPS + "/0.png", "L", 1, (50, 40)), "50 x 40"),
-    ("sem", picture(MAPS + "/0.png", "RGB", "red"), "0.png: its mode is RGB"),
+    ("sem", picture(MAPS + "/0.png", "RGB", "red"), "its mode is RGB, not L or P"),
     ("sem", stripes(0, 85, 170, 255), "labels [85, 170]; 0 and 255 are void"),
     ("sem", stripes(0, 1), "labels [1]; 0 and 255 are void; number two or more"),  # a lesion, and void
     ("sem", stripes(0, 1, 9, 255, names=3), "0.png: label 9 in it"),
@@ -1479,8 +1479,6 @@ def test_an_explanation_adds_up_to_the_logit_and_is_what_each_token_added_to_eac
         for i in range(N):
             part = (parts[i] - parts[i].mean()) / np.sqrt(C.var() + head.center_norm.eps)
             np.testing.assert_allclose(contributions[k].flatten()[i], w @ (gamma * part) / 4, rtol=1e-3, atol=1e-5)
-    assert evaluation.logit_weights([3], 4).tolist() == [-0.25, -0.25, -0.25, 0.75]  # less the mean of all
-    assert evaluation.logit_weights([3, 1], 4).tolist() == [0, -1, 0, 1]
 
 
 def state_of(model, classes, **settings):
@@ -1807,7 +1805,7 @@ def test_a_run_on_other_images_or_batches_is_not_resumed(tmp_path, capsys):
     resume = ["--resume", "--epochs", 3, "--out", out]
     assert "with batch_size 4, not 2; --epochs" in failure(train, capsys, *resume, "--batch-size", 2)
     (tmp_path / "files" / "train" / "cat" / "0.png").unlink()
-    assert "is of a run on 8 images of 2 classes, and not these" in failure(train, capsys, *resume)
+    assert "is of a run on other images" in failure(train, capsys, *resume)
     assert step_of(out) == 4
 
 
@@ -1958,7 +1956,7 @@ def test_after_20_bad_steps_a_run_stops_and_its_checkpoint_is_from_before_them(t
     spoil(monkeypatch, range(3, 100))
     arguments = [*QUICK, "--batch-size", 4, "--epochs", 1, "--checkpoint-every", 0, "--out", tmp_path]
     message = failure(train, capsys, *arguments)
-    assert re.search("step 23 is skipped: .* not finite, as 20 in a row: lower --lr .* is the last checkpoint", message)
+    assert re.search("20 steps in a row were not finite: lower --lr .* was saved before", message)
     assert step_of(tmp_path) == 3
 
 
@@ -2066,9 +2064,9 @@ def test_broken_files_end_a_run_in_one_line(tmp_path, capsys, task, damage, comp
     (["--image-size", 50], "--image-size 50 is not a multiple of 16"),
     (["--lr", "nan"], "argument --lr: must be at least 0 and below inf, got nan"),
     (["--variant", "huge"], "argument --variant: invalid choice: 'huge'"),
-    (["--init", "/no/such/file"], "/no/such/file: no such checkpoint"),
+    (["--init", "/no/such/file"], "No such file or directory: '/no/such/file'"),
     (["--out", "old"], "--resume continues that run"),
-    (["--out", "old/last.pt"], "old/last.pt/last.pt: cannot be written"), (["--out", ""], "must not be empty"),
+    (["--out", "old/last.pt", *QUICK], "old/last.pt/last.pt: cannot be written"), (["--out", ""], "must not be empty"),
 ])
 def test_one_line_says_what_is_wrong_with_a_flag(tmp_path, capsys, monkeypatch, checkpoint, arguments, complaint):
     monkeypatch.chdir(tmp_path)
@@ -2098,7 +2096,8 @@ def test_one_line_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    (["--checkpoint", "none.pt"], "no such checkpoint"),
+    (["--checkpoint", "none.pt"], "No such file or directory: 'none.pt'"),
+    (["--images", "--json", "a.json"], "a.json exists"), (["--clusters", "--json", "b.json"], "pictures come without"),
     (["--data", "nowhere"], "nowhere: no such"),
     (["--data", "."], "class folders ['cat', 'dog'] are no classes of the model"),
     (["--batch-size", 0], "--batch-size: must be at least 1"), (["--per-class"], "for the dense tasks"),

@@ -61,21 +61,21 @@ IMAGENET = FULL | dict(image_size=224, epochs=300, batch_size=1024, lr=1e-3, war
 IMAGENET |= dict(smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25)
 # A backbone from ImageNet should keep its features while neck and decoder are still random.
 COCO = FULL | dict(image_size=1024, test_size=800, epochs=50, batch_size=16, lr=1e-4, backbone_rate=0.1)
-# Mask2Former's smallest scale is 0.1.  Such an image would cover one of the 100 cells in which centers start.
+# Mask2Former's smallest scale is 0.1.  Here centers start from the cells of a 10 x 10 grid over the crop, and
+# an image of that scale would cover a single cell.
 COCO |= dict(schedule="step", warmup=0.002, clip=0.1, evaluate_every=5, min_scale=0.5)
 # 127 epochs of 20,210 images are the usual 160,000 steps.
 ADE20K = COCO | dict(image_size=512, test_size=512, epochs=127, schedule="poly", warmup=0.008, color=1.0)
 SMALL = 10_000  # training images; fewer take a recipe of their own
 # Settings that a resumed run must share with the run before.
-MUST_AGREE = "variant", "patch_size", "iterations", "batch_size", "seed", "weight_decay", "init"
+MUST_AGREE = "task", "variant", "patch_size", "iterations", "batch_size", "seed", "weight_decay", "init"
 
 
 def small_recipe(task, count, patch_size):
     """The recipe for a folder with `count` < SMALL training images.  Ours.
 
-    The fewer images, the more epochs: a model sees 410,000 images (cls), or 9,000.  The learning rate is
-    higher, also of a backbone from --init, and the average is shorter, since there are few steps.  Nano
-    and small images fit a CPU, and overfit less.
+    The fewer images, the more epochs.  The learning rate is higher, also of a backbone from --init, and
+    the average is shorter, since there are few steps.  Nano and small images fit a CPU, and overfit less.
     """
     unit = 8 * patch_size  # pixels: with half the patch size, half the image has as many tokens
     recipe = CLS | dict(patch_size=patch_size, drop_path=None, lr=2e-3, warmup=1 / 30, ema=0.999)
@@ -120,7 +120,8 @@ def make_parser():
     add("--resume", action="store_true", help="continue from OUT/last.pt, with its settings, if it exists")
     add("--checkpoint-every", type=number(float, 0), default=10.0, help="minutes between checkpoints (10)")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of weights, order and augmentation (0)")
-    add("--workers", type=number(int, 0), help="loader processes per process (spare cores, at most 16)")
+    workers = "loader processes per process (spare cores, at most 16)"
+    add("--workers", type=number(int, 0), default=default_workers(), help=workers)
     add("--accumulate", type=number(int, 1), default=1, help="passes per step, to save memory (1)")
     add("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
     add("--iterations", type=number(int, 1), default=3, help="T, EM iterations of each clustering (3)")
@@ -157,9 +158,9 @@ def parse_settings():
         theirs = {name: theirs[name] for name in theirs.keys() & {"variant", "patch_size", "iterations"}}
         count = count_images(given.task, given.data, SMALL) if given.data else SMALL
         recipe = recipe_of(given.task, given.data, count, given.patch_size or theirs.get("patch_size", 4))
-        parser.set_defaults(**recipe | theirs | dict(lr=None))
+        parser.set_defaults(**recipe | theirs | dict(lr=None, test_size=None))
     settings = parser.parse_args()
-    for name in saved.keys() & {"task", *MUST_AGREE}:
+    for name in MUST_AGREE if saved else ():
         change = f"{name} {saved[name]}, not {getattr(settings, name)}"
         may = "--epochs, --lr, --workers and processes may change; --out and --init start another from it"
         expect(saved[name] == getattr(settings, name), f"{last} is of a run with {change}; {may}")
@@ -169,19 +170,14 @@ def parse_settings():
         settings.lr = recipe["lr"] * settings.batch_size / recipe["batch_size"]
     if settings.drop_path is None:
         settings.drop_path = VARIANTS[settings.variant]["drop_path"]
-    if settings.workers is None:
-        settings.workers = default_workers()
-    settings.test_size = settings.test_size or settings.image_size
-    return settings
-
-
-def check_settings(settings):
-    """Raise InputError for settings that do not fit each other."""
     size, stride = settings.image_size, 8 * settings.patch_size
+    if settings.test_size is None:
+        settings.test_size = size * (recipe["test_size"] or recipe["image_size"]) // recipe["image_size"]
     expect(size % stride == 0, f"--image-size {size} is not a multiple of {stride}")
     chunk = settings.batch_size // settings.accumulate // int(os.environ.get("WORLD_SIZE", 1))
     mixes = settings.mixup + settings.cutmix
     expect(chunk > 1 or not mixes, "mixup needs more than one image in a chunk; raise --batch-size")
+    return settings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ class Run:
         if world_size > 1:
             gpu = [device.index] if device.type == "cuda" else None
             # Views: gradients lie in the buffers in which processes exchange them, and take no memory beside.
-            # Its warning is about depthwise kernels: strides of a side of 1 are arbitrary.
+            # DDP warns of depthwise kernels, one of whose sides is 1: strides of such a side are arbitrary.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
             self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
@@ -302,8 +298,7 @@ class Run:
     def load(self, checkpoint):
         """Continue from a checkpoint.  Raises InputError if it is of a run on other images."""
         same = checkpoint["classes"] == self.train.classes and checkpoint["images"] == len(self.train)
-        what = f"{checkpoint['images']} images of {len(checkpoint['classes'])} classes, and not these"
-        expect(same, f"{self.last} is of a run on {what}; --init in another --out starts anew from it")
+        expect(same, f"{self.last} is of a run on other images; --init in another --out starts anew from it")
         self.model.load_state_dict(checkpoint["model"])
         self.ema.load_state_dict(checkpoint["ema"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -385,11 +380,10 @@ class Run:
             self.bad_steps = 0
         else:
             self.bad_steps += 1
-            what = f"step {self.step + 1} is skipped: its loss or gradient is not finite"
             if self.rank == 0:
-                print(what, file=sys.stderr)
+                print(f"step {self.step + 1} is skipped: its loss or gradient is not finite", file=sys.stderr)
             remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
-            what += f", as {MAX_BAD_STEPS} in a row: {remedy}; {self.last} is the last checkpoint"
+            what = f"{MAX_BAD_STEPS} steps in a row were not finite: {remedy}; {self.last} was saved before"
             expect(self.bad_steps < MAX_BAD_STEPS, what)
         self.optimizer.zero_grad()
         self.step += 1
@@ -403,9 +397,8 @@ class Run:
             if self.rank == 0:
                 self.write_checkpoint()
             on_signals(self.leave)  # at once: an evaluation may take minutes, and all steps are saved
-            batch_size = max(1, settings.batch_size // self.world_size)
-            if settings.task != "cls" and settings.data:
-                batch_size = 1  # photographs are large, and each has its own size
+            # One by one in the dense tasks: photographs are large, and each has its own size.
+            batch_size = settings.batch_size // self.world_size if settings.task == "cls" else 1
             metrics, _ = evaluate(self.ema, self.val, self.device, batch_size, settings.workers)
             on_signals(self.note_signal)
         losses = self.means()
@@ -421,7 +414,7 @@ class Run:
         if metrics:
             self.write_text("metrics.json", to_json(metrics, indent=2))
         self.write_text("log.jsonl", "".join(to_json(line) + "\n" for line in self.log))
-        self.write_checkpoint()  # comes last: a run that is killed before it evaluates again
+        self.write_checkpoint()  # comes last: a run that was killed earlier repeats the evaluation
         loss = f"loss {line['loss']:.3f}" if losses else "no finite loss"
         found = describe(metrics, settings.task) if metrics else ""
         speed = f"{line['images_per_second']:.0f} images/s"
@@ -429,10 +422,9 @@ class Run:
 
     def loop(self, stream):
         """The remaining steps.  stream: chunks of this process, in order."""
-        settings, started, first_step, saved = self.settings, time.time(), self.step, time.time()
+        settings, started, first_step = self.settings, time.time(), self.step
+        saved = 0  # the first step is saved: an unwritable disk is noticed, a second run here is refused
         on_signals(self.note_signal)  # the current step is finished first
-        if self.rank == 0:
-            self.write_checkpoint()  # can it be written?  And a second run with this folder is refused now
         bar = tqdm(total=self.steps, initial=self.step, unit="step", disable=True if self.rank else None)
         while len(self.log) < settings.epochs:
             if self.step == (len(self.log) + 1) * self.steps_per_epoch:
@@ -455,7 +447,6 @@ class Run:
 
 def main():
     settings = parse_settings()
-    check_settings(settings)
     rank, world_size, device = start_processes()
     task, data, seed = settings.task, settings.data, settings.seed
     augmentation = dict(least=settings.min_scale, color=settings.color)
@@ -468,11 +459,7 @@ def main():
     if task != "cls":
         options |= dict(collate_fn=stacked)  # targets are dictionaries, not numbers
     with contextlib.closing(batches_of(SkipBroken(train), settings.workers, device, **options)) as stream:
-        try:
-            run.loop(stream)
-        finally:
-            if rank == 0 and run.step == 0 and os.path.exists(run.last):
-                os.remove(run.last)  # nothing was learned: the folder is free again
+        run.loop(stream)
     if rank == 0:
         print(f"python eval.py --checkpoint {run.last}")
 

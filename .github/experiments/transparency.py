@@ -20,7 +20,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from clusterformer import trace  # noqa: E402
 from data import Shapes, as_float, dominant_thing, draw_scene  # noqa: E402
-from eval import enlarge, explain, grid_assignment, load_checkpoint, logit_weights  # noqa: E402
+from eval import enlarge, explain, grid_assignment, load_checkpoint  # noqa: E402
 
 SCENES = 300
 
@@ -56,7 +56,7 @@ def main(path):
             )]
             row = [achievable(enlarge(x, stride, image, mask[None]), mask) for x in regions]
             clusters.setdefault(block["name"], []).append([*row, len(regions[0].unique())])
-        _, _, maps = explain(model, image, logit_weights([label], model.num_classes))
+        _, _, maps = explain(model, image, torch.eye(model.num_classes)[label] - 1 / model.num_classes)
         tokens, stride = maps.sum(0), strides[-1]
         whole = F.pad(mask.float()[None], (0, -size % stride, 0, -size % stride))
         on = F.avg_pool2d(whole, stride)[0] >= 0.25
