@@ -215,8 +215,7 @@ def score_image(dataset, task, target, prediction, folder):
         counts = panoptic_counts(ids, segments, *truth, label_of, len(categories))
         score = counts, dict(image_id=image_id, file_name=file_name, segments_info=table)
     if folder:
-        dtype = np.uint8 if pixels.max() < 256 else np.uint16
-        Image.fromarray(pixels.numpy().astype(dtype)).save(os.path.join(folder, file_name))
+        Image.fromarray(pixels.byte().numpy()).save(os.path.join(folder, file_name))
     return score
 
 

@@ -63,4 +63,4 @@ if __name__ == "__main__":
     NAME = sys.argv.pop(1)
     train.ClusterFormer = evaluation.ClusterFormer = Peer
     script = evaluation if "--checkpoint" in sys.argv else train
-    script.run(script.main)
+    script.in_one_line(script.main)
