@@ -6,101 +6,54 @@ A reference for "ClusterFormer: Clustering As A Universal Visual Learner" (NeurI
 
     model = ClusterFormer("cls", "tiny", num_classes=1000)
     logits = model(images)["logits"]   # float RGB in [0, 1], (B, 3, H, W); H and W multiples of 32
+    predictions = ClusterFormer("inst", "tiny", num_classes=80).predict(images)       # of any sizes
 
-    model = ClusterFormer("inst", "tiny", num_classes=80)
-    losses = model.loss(model(images), targets)                 # a dictionary of sums over targets
-    (sum(losses.values()) / max(1, model.count(targets))).backward()
-    predictions = model.predict(images)       # of any sizes; per image: scores, labels, boxes, masks
-
-Or use the parts alone, on any map of tokens (B, H, W, 96):
-
-    C = InitialCenters(96)(tokens)                                           # (B, K, 96)
+    C = InitialCenters(96)(tokens)                    # or the parts alone, on a map (B, H, W, 96)
     C, M = RecurrentCrossAttentionClustering(96, num_heads=3)(C, tokens)     # M: (B, 3, K, H, W)
-    tokens = tokens + FeatureDispatching(96, num_heads=3)(C, M)              # (B, H, W, 96)
+    tokens = tokens + FeatureDispatching(96, num_heads=3)(C, M)
 
 THE METHOD.  Self-attention compares every token with every other token, which costs N x N.
 ClusterFormer puts K cluster centers between them, which costs N x K.  In the E-step every token is
 assigned to the centers.  In the M-step every center collects its tokens.  After T = 3 iterations,
-every token receives what its clusters have collected.  The assignment also explains the model: it
-is a picture that shows which pixels each cluster holds.
+every token receives what its clusters have collected.  The assignment is also a picture that explains.
 
-The paper, as we read it.  We had its abstract and its Figure 2.  We did not have its full text: what
-is marked "recalled" was known to us from other places.  The paper may say more than is said here.
+THE PAPER, as we read it: its abstract and its Figure 2, which the README of the authors' release shows
+and which names Eq. 3 and Eq. 6.  "Recalled" is known from other places.  The full text may say more.
 
     initial centers   C(0)   = FFN( AdaptivePooling_K(I) )                                  recalled
     E-step            M(t)   = softmax_K( Q(C(t)) K(I)^T )           t = 0 .. T    Eq. 3, Figure 2b
     M-step            C(t+1) = M(t) V(I)                             t < T         Eq. 3, Figure 2b
     dispatching       p_i'   = p_i + MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )      Eq. 6, Figure 2c
 
-K in softmax_K and 1/K is the number of centers, K = 100 in every stage (recalled); K( ) is the
-projection of the keys.  T = 3, and heads have 32 channels (recalled).  sim is a similarity of center
-and token.  Figure 2b ends with an E-step: M(T) is computed from C(T).
+K in softmax_K and 1/K is the number of centers, 100 in every stage; K( ) is the projection of the
+keys; heads have 32 channels (all recalled).  sim is a similarity of center and token.
 
-This file.  The projections are written q, k and v here.
+THIS FILE, with q, k and v for the projections:
 
     initial centers   C(0)   = pool(I) + FFN(pool(I))
     E-step            M(t)   = softmax_K( S(t) ),  S(t) = scale * cos( q(C(t)), k(I) )     t = 0 .. T
     M-step            C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)                        t < T
     dispatching       p_i'   = p_i + sum_k M_ki(T) MLP(C_k(T))
 
-The differences.  A dash means that what we read does not say.  Losses are validation losses on
-Imagenette after four epochs, 1.2 to 1.3 (.github/EXPERIMENTS.md).  Most are of one seed, and seeds
-differ by 0.05: they are hints.  At equal time the same blocks without clusters are ahead there, and
-it is not shown that T = 3 is better than T = 1.
+Where it differs from the paper, and why.  (.github/EXPERIMENTS.md has the figures.  At equal time the
+same blocks without clusters are ahead on small images, and T = 3 is not shown to beat T = 1.)
 
-Why a cosine, a mean and centers that keep their start: with a dot product, scores grow until every
-token belongs to one cluster, and gradients explode.  Divided by sqrt(d), they start so small that
-all means are nearly equal, and where means replace the centers, all centers are one point.  What we
-have not read of the paper may prevent both in other ways.
+    C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
+    K        at most 5 x 5 in the backbone: as good as 100, in less time; 100 in the decoder
+    S        a cosine with a learned scale per head.  A dot product grows until every token belongs to one
+             cluster; divided by sqrt(d), it starts so small that all means are nearly equal
+    q, k, v  d x d in each head.  v starts as the identity; q and k at random, in stage 1 as the identity:
+             clusters then follow what is in the image
+    M-step   a mean, where a sum would grow with N; with weights M exp(S), see section 2; added to C, as in
+             kMaX-DeepLab (2022), so that a center of the decoder stays with its object
+    p_i'     sim = K M_ki, already computed; the MLP inside of the sum runs K times, not N times
+    block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
+    stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
-    equation       the paper, as we read   here                      why
-    -------------  ----------------------  ------------------------  -------------------------------
-    C(0): FFN      of the pooled mean      is added to the pooled    centers are the means of their
-                                           mean, and starts at zero  cells from the first step on.
-                                                                     Else 2.5 points less on shapes
-    K              100 in every stage      at most 5 x 5, in cells   as good as 100, in two thirds of
-                                           of 2 x 2 tokens or more;  the time.  The decoder needs one
-                                           100 in the decoder        per object
-    S              dot product             scale * cosine, with a    with a dot product, long
-                                           learned scale per head,   vectors win the softmax; divided
-                                           at most 20                by sqrt(d), loss + 0.05
-    q, k, v:       -                       d x d in each head        D x D: a fifth more time, no
-    size                                                             clear gain
-    q, k: start    -                       random; in stage 1 the    its clusters then follow what is
-                                           identity                  in the image, at the same loss
-    v: start       -                       the identity              C adds up tokens of its own
-                                                                     space
-    M-step:        M, and a sum            M exp(S), and a mean:     exp(S) takes weight from tokens
-    weights                                softmax over N of         that match no center, which M
-                                           S + log M                 cannot: loss - 0.07.  A sum
-                                                                     grows with N
-    M-step:        replaces C              is added to C, as in      a center stays an object in the
-    update                                 kMaX-DeepLab (2022)       decoder.  In the backbone it
-                                                                     makes no difference
-    sim            a similarity            K M_ki(T), so 1/K         it has already been computed
-                                           cancels
-    MLP            outside of the sum      inside of the sum         it runs K times, not N times:
-                                                                     outside, a third more time and
-                                                                     no gain
-    block          -                       a depthwise 3 x 3         clusters ignore where tokens
-                                           convolution comes first,  are; the convolution relates
-                                           an MLP on tokens last     neighbors: loss - 0.08
-    positions      -                       a linear map of (y, x)    centers can tell places apart
-                                           is added to the tokens
-    stem           -                       4 x 4 / 2 to D / 2        edges are learned in fewer
-                                           channels, 2 x 2 / 2 to D  steps than with one 4 x 4 / 4
-    downsampling   -                       2 x 2 / 2 convolution     Swin's.  3 x 3 / 2 moves what a
-                                                                     token sees by half a token
-    widths         those of Swin           Swin's.  Hidden widths:   Tiny has 24.5 M parameters; a
-                                           FFN D, MLPs 2 D           later paper lists 28 M for the
-                                                                     paper's Tiny
-
-The authors' released code is a different method, and cannot serve to check these equations.  Its
-centers attend to tokens with a softmax over the N tokens (over K in its first version).  Each token
-then goes to its single most similar center, where similarity is sigmoid(beta + alpha cos).  A center
-becomes the mean of its tokens, with its pooled start as one more of them, and a token receives its
-center times the similarity.  The release has no FFN on the centers, no MLP in dispatching, and no
-detection or segmentation.  Its stem is one 4 x 4 / 4 convolution of RGB and two coordinate channels.
+A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) multiply-adds: keys and values, E- and M-steps with
+dispatching, convolution, MLP on tokens.  In stage 1 of Tiny that is 64 + 200 + 9 + 384 for each number
+of the map.  The release is another method: a softmax over the N tokens, then a hard assignment by
+sigmoid(beta + alpha cos).  It has neither of the MLPs on centers, and no detection or segmentation.
 
 LETTERS, in equations and in the shapes at the ends of lines:
 
@@ -111,12 +64,9 @@ LETTERS, in equations and in the shapes at the ends of lines:
     D     channels                       S     similarity of centers and tokens, shaped like M
     h, d  heads; channels of a head      T     EM iterations
 
-MARKS.  "Paper" marks what follows the paper as we read it, with the place in parentheses.  A name
-with a year marks what is taken from that work.  "Ours" marks what is this project's own.
-
-THE FILE runs in the order of the data: initial centers (1), clustering (2), dispatching (3), block
-(4), backbone (5), classification (6); for the dense tasks neck, boxes and priors (7), decoder (8),
-losses (9), final predictions (10) and one head per task (11); the model and its trace (12).
+"Paper" marks what follows the paper as we read it, a name with a year what is from that work, "Ours"
+what is this project's.  The file runs in the order of the data: clustering (1 to 3), backbone (4, 5),
+classification (6), detection and segmentation (7 to 11), the model and its trace (12).
 """
 
 import math
@@ -270,12 +220,10 @@ class RecurrentCrossAttentionClustering(nn.Module):
     chosen by none.)  All iterations share q, k and v, and keys and values are computed once: it is
     a recurrence, not a stack of T layers.
 
-    Ours: the M-step is ordinary attention from centers to tokens, whose logits S are biased by log M.  A
-    token weighs much in a mean if it matches the center (S), and no other center as well (M): its
-    weight is M exp(S), divided by the sum over the tokens.  With weights M alone, tokens that match
-    no center would be divided among all centers, and would blur their means.  A larger scale does
-    not help: the total assignment of such a token stays 1.  A bias added to S counts twice, in S
-    and in M.
+    Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
+    the center (S), and matches no other center as well (M).  With weights M alone, a token that matches
+    no center would be divided among all centers, and would blur their means.  A larger scale does not
+    help: the total assignment of such a token stays 1.  A bias added to S counts twice, in S and in M.
 
     C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
     the norm, and everything that reads C(T) normalizes it first.
