@@ -17,8 +17,8 @@ ClusterFormer puts K cluster centers between them, which costs N x K.  In the E-
 assigned to the centers.  In the M-step every center collects its tokens.  After T = 3 iterations,
 every token receives what its clusters have collected.  The assignment is also a picture that explains.
 
-THE PAPER, as we read it: its abstract and its Figure 2, which the README of the authors' release shows
-and which names Eq. 3 and Eq. 6.  "Recalled" is known from other places.  The full text may say more.
+THE PAPER, as we read it: its abstract, and its Figure 2, which is in the README of the authors' release
+and names Eq. 3 and Eq. 6.  "Recalled" is known from other places.  The full text may say more.
 
     initial centers   C(0)   = FFN( AdaptivePooling_K(I) )                                  recalled
     E-step            M(t)   = softmax_K( Q(C(t)) K(I)^T )           t = 0 .. T    Eq. 3, Figure 2b
@@ -40,20 +40,20 @@ same blocks without clusters are ahead on small images, and T = 3 is not shown t
 
     C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
     K        at most 5 x 5 in the backbone: as good as 100, in less time; 100 in the decoder
-    S        a cosine with a learned scale per head.  A dot product grows until every token belongs to one
-             cluster; divided by sqrt(d), it starts so small that all means are nearly equal
-    q, k, v  d x d in each head.  v starts as the identity; q and k at random, in stage 1 as the identity:
-             clusters then follow what is in the image
+    S        a cosine with a learned scale per head.  A plain dot product ends in a hard assignment; with
+             1/sqrt(d), it starts so even that all means are nearly equal
+    q, k, v  d x d in each head.  v starts as the identity, and in stage 1 q and k, too: there, clusters
+             follow what looks alike.  In deeper stages a random start of q and k learns better
     M-step   a mean, where a sum would grow with N; with weights M exp(S), see section 2; added to C, as in
              kMaX-DeepLab (2022), so that a center of the decoder stays with its object
     p_i'     sim = K M_ki, already computed; the MLP inside of the sum runs K times, not N times
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
-A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) multiply-adds: keys and values, E- and M-steps with
-dispatching, convolution, MLP on tokens.  In stage 1 of Tiny that is 64 + 200 + 9 + 384 for each number
-of the map.  The release is another method: a softmax over the N tokens, then a hard assignment by
-sigmoid(beta + alpha cos).  It has neither of the MLPs on centers, and no detection or segmentation.
+A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) + 6 K D^2 multiply-adds: keys and values, E- and M-steps
+with dispatching, convolution, MLP on tokens; MLPs on centers.  In stage 1 of Tiny that is 64 + 200 + 9 +
+384 + 5 per number of the map.  The release is another method: centers attend by a softmax over N, then
+each token goes to its most similar center alone.  It has no MLP on centers, and no dense tasks.
 
 LETTERS, in equations and in the shapes at the ends of lines:
 
@@ -80,14 +80,14 @@ from torch import nn
 # nano is ours, for CPUs and small images.
 # dim: width of neck and decoder.
 # levels: the map that each decoder layer clusters, 1, 2 or 3 for strides 8, 16 or 32.
-# drop_path: what train.py sets at full scale; ClusterFormer itself starts without it.
+# drop_path: for train.py, which sets it at full scale; not read here.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
     "nano": dict(depths=(1, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 7  # of saved weights: raised when older ones would not fit, or would mean something else
+VERSION = 7  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
@@ -116,8 +116,8 @@ def pool_cells(x, grid=GRID, min_cell=2):
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm in the dtype of its input.
 
-    Under autocast, nn.LayerNorm returns float32, and all maps of tokens would take twice the memory
-    and time.  Torch computes mean and variance in float32 in any case.
+    Under autocast, nn.LayerNorm returns float32, at twice the memory and time.  Torch computes mean and
+    variance in float32 in any case.
     """
 
     def forward(self, x):
@@ -169,13 +169,12 @@ class InitialCenters(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
-# Limit of the scale of S; a scale above it has no gradient.  bfloat16 rounds an S of 20 to eighths, so
-# exp(S) is off by up to 6 %.  With larger scales, gradients under autocast would be rounding errors.
+# Limit of the scale of S.  bfloat16 rounds an S of 20 to eighths, so exp(S) is off by up to 6 % there.
 MAX_SCALE = 20.0
 
 
-# In clustering and dispatching, heads come before images: (h B, ...).  All images of a head are then
-# the rows of one product.  With (B h, ...), the weights q, k and v would be copied for every image.
+# In clustering and dispatching, heads come before images: then the weights of a head multiply all images
+# in one product.
 def split_heads(x, h):
     """(B, n, D) -> (h B, n, d): head j has the channels j d .. j d + d - 1."""
     return x.unflatten(-1, (h, -1)).permute(2, 0, 1, 3).flatten(0, 1)
@@ -192,7 +191,7 @@ def images_first(x, h):
 
 
 def rms_norm(x):
-    """sqrt(d) x / |x|, for x (..., d).  F.normalize needs ten kernels on a GPU, F.rms_norm one."""
+    """sqrt(d) x / |x|, for x (..., d), in one kernel of a GPU."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
@@ -222,8 +221,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
 
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
     the center (S), and matches no other center as well (M).  With weights M alone, a token that matches
-    no center would be divided among all centers, and would blur their means.  A larger scale does not
-    help: the total assignment of such a token stays 1.  A bias added to S counts twice, in S and in M.
+    no center would be divided among all of them, and would blur their means, whatever the scale.  A bias
+    added to S counts twice, in S and in M.
 
     C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
     the norm, and everything that reads C(T) normalizes it first.
@@ -307,10 +306,9 @@ class FeatureDispatching(nn.Module):
         Paper (Eq. 6, Figure 2c)   MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )
         Ours                       sum_k M_ki(T) MLP(C_k(T))
 
-    Ours is the paper's with sim(C_k, p_i) = K M_ki, so that 1/K cancels, and with the MLP inside of
-    the sum.  Each head uses its own M.
-    The MLP runs on centers, of which there are few, and decides what a cluster tells its tokens.
-    The classification head and the decoder have no dispatching: there, centers are the result.
+    Ours has sim(C_k, p_i) = K M_ki, so that 1/K cancels.  The MLP decides what a cluster tells its tokens.
+    Each head uses its own M.  The classification head and the decoder have no dispatching: there, centers
+    are the result.
     """
 
     def __init__(self, dim, num_heads):
@@ -339,10 +337,9 @@ class ClusterBlock(nn.Module):
         x    = x + dispatch(C, M)         Paper (Figure 2a): feature dispatching
         x    = x + MLP(x)                 Ours: works on each token alone, as in any transformer
 
-    The convolution relates neighbors.  It has no norm, is never dropped and starts at random (in the
-    last stage at zero, see Backbone), unlike the branches below it, which start at zero: it is
-    linear, and it prepares the tokens that are clustered.  Before training, a block computes
-    x + DepthwiseConv(x).
+    The convolution relates neighbors, and prepares the tokens that are clustered.  It starts at random (in
+    the last stage at zero, see Backbone), and is never dropped.  The other branches start at zero, so an
+    untrained block is x + DepthwiseConv(x).
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
@@ -415,7 +412,7 @@ class Backbone(nn.Module):
         stage 4  768 x   7 x   7   stride 32   N =   49   K = 4 x 4   2 blocks
 
     Paper (Figure 2a): four stages; depths and widths of Swin.  Swin (2021): 2 x 2 / 2 downsampling.
-    Ours: the stem, and how positions enter.  What we read of the paper describes none of the three.
+    Ours: the stem, and how positions enter.
     """
 
     def __init__(self, depths, channels, patch_size=4, iterations=3, drop_path=0.0):
@@ -424,18 +421,16 @@ class Backbone(nn.Module):
         # Images are normalized here, so that whoever copies the file cannot forget it.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        # A token must see the patch that it stands for.  All strided convolutions read whole patches,
-        # or one pixel more on each side.  A 3 x 3 / 2 convolution that is padded by one pixel reads
-        # one more above, and none below: at stride 32, a token would see half a token up and left.
+        # Strided convolutions read whole patches, or a pixel more on each side, so a token sees what it
+        # stands for.  Padded 3 x 3 / 2 convolutions would shift that by half a token at stride 32.
         half = patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
             nn.GELU(),
             nn.Conv2d(channels[0] // 2, channels[0], 2, stride=2),
         )
-        # Ours: three quarters of the first-layer filters are zero-centered and scaled by 5, so that
-        # they respond to contrast from the start.  Neighboring pixels are nearly equal, so random
-        # filters mostly respond to brightness.
+        # Ours: three quarters of the first filters are zero-centered and scaled by 5, to respond to
+        # contrast from the start; random filters mostly respond to brightness.
         edges = self.stem[0].weight.data[channels[0] // 8 :]  # a view: (3/4 of the filters, 3, k, k)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
@@ -497,10 +492,9 @@ class ClassificationHead(nn.Module):
         logits = bias + weight mean_k norm(C_k)
 
     Ours: what we read of the paper does not describe this head.  Everything after the norm is
-    linear, so a logit is exactly a bias plus one contribution per center.  A center is a sum of
-    tokens: the mean of a cell, plus T means of values.  If the weights of these means and the
-    norm's divisor are treated as constants, each contribution is a constant plus a sum over tokens:
-    an explanation that adds up.  An FFN on C(0) would break this sum, so there is none here.
+    linear, so a logit is exactly a bias plus one contribution per center.  Each contribution is also a
+    constant plus a sum over tokens of the last map, if the weights of the means (see trace) and the norm's
+    divisor are held constant.  eval.py draws this sum.  An FFN on C(0) would break it: there is none here.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -543,7 +537,8 @@ class ClassificationHead(nn.Module):
 # Paper (abstract): the same clustering solves these tasks, too.  Paper (recalled): their decoder has
 # six layers of recurrent cross-attention with 100 centers.  What we read says no more.  All else in
 # sections 7 to 11 is taken from the work that is named beside it; numbers without a name are ours.
-# "Previous" boxes and masks are those that a center predicted one layer before.
+# Who wants to learn the clustering can stop after section 8.  "Previous" boxes and masks are those that a
+# center predicted one layer before.
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
     """Bring all maps to the same width D, and add what coarser maps see.  FPN (Lin et al., 2017).
@@ -913,7 +908,8 @@ NUM_POINTS = 12_544  # at which a mask is compared (Mask2Former); a 1024 x 1024 
 def num_points(masks):
     """Number of points at which masks (..., h, w) at stride 4 are compared.
 
-    It is NUM_POINTS for images of at least 512 x 512 pixels, and a quarter of h * w below that.
+    It is NUM_POINTS for images of at least 512 x 512 pixels.  Small masks have so many pixels or fewer: a
+    quarter of them is compared.
     """
     pixels = masks.shape[-2] * masks.shape[-1]
     return NUM_POINTS if pixels >= 128 * 128 else pixels // 4
@@ -922,8 +918,8 @@ def num_points(masks):
 def hungarian(cost):
     """The cheapest way to give each row a column of its own (Jonker and Volgenant, 1987).
 
-    cost: float64 NumPy (n, m), n <= m.  Returns the column of each row, int64 (n,).
-    Rows are targets, of which an image has few: Python loops over rows, NumPy over columns.
+    cost: float64 NumPy (n, m), n <= m.  Returns the column of each row, int64 (n,).  For finite costs it is
+    scipy.optimize.linear_sum_assignment(cost)[1], without SciPy.
     """
     n, m = cost.shape
     if not np.isfinite(cost).all():
@@ -1436,8 +1432,8 @@ class ClusterFormer(nn.Module):
     def pad(self, images):
         """Pad images (B, 3, H, W) of any size at the bottom and right with the mean color, as predict does.
 
-        For cls, to multiples of the last stride; for the dense tasks, to a square, as training crops are.
-        Clusters and boxes start from a grid over the whole, whose cells then are squares, too.
+        For cls, to multiples of the last stride; for the dense tasks to a square, as in training, so that
+        the cells in which centers start are squares.
         """
         height, width = images.shape[2:]
         stride = self.backbone.strides[-1]
