@@ -53,6 +53,8 @@ PARTS = {
     "added": (0.02, ()),  # means replace the centers
 }
 
+TOGETHER = ()  # what the screen takes out, all at once, "quadrants + mask prior" for example
+
 
 # --------------------------------------------------------------------------------------------------
 # Changes: functions of the module are replaced, or a model is changed after it was built
@@ -151,44 +153,48 @@ def top_down_off(model):
         linear.requires_grad_(False)  # it starts at zero, and stays there
 
 
-def apply(part):
-    """Change the module as PARTS says."""
-    local = ["quadrants", "mask prior", "mask samples", "falloff"]
-    for name in local if part == "locality" else [part]:
-        if name == "quadrants":
+def apply(parts):
+    """Change the module as PARTS says.  parts: one, or several with " + " between them."""
+    changes = []  # of a model, after it was built
+    for part in parts.replace("locality", "mask prior + mask samples + falloff + no prior").split(" + "):
+        if part == "quadrants":
             cf.box_prior = whole_box_prior
-        elif name == "mask prior":
+        elif part == "no prior":
+            cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
+        elif part == "mask prior":
             cf.mask_prior = no_mask_prior
-        elif name == "mask samples":
+        elif part == "mask samples":
             cf.mask_samples = no_samples
-        elif name == "falloff":
+        elif part == "falloff":
             cf.MaskHead.forward = plain_masks
-    if part == "locality":
-        cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
-    elif part == "overlap":
-        cf.pairwise_iou, right = (lambda boxes: torch.zeros_like(right(boxes))), cf.pairwise_iou
-        cf.top_detections = types.FunctionType(
-            cf.top_detections.__code__, dict(vars(cf), pairwise_iou=right), argdefs=(0.6,)
-        )  # suppression still needs it
-    elif part == "several matches":
-        cf.MATCHES_PER_TARGET = (1,)
-    elif part == "pixel loss":
-        cf.LOSS_WEIGHTS["pixel"] = 0.0
-    elif part == "own sides":
-        cf.BoxHead.forward = book_boxes
-    elif part == "suppression":
-        cf.top_detections = functools.partial(cf.top_detections, threshold=2.0)
-    changes = {"fixed no object": learned_no_object, "top-down from zero": random_top_down, "top-down": top_down_off}
-    changes |= {"neck depthwise": without("depthwise"), "prior twice": with_forward(once=True)}
-    changes |= {"T 1": set_iterations(1), "T 2": set_iterations(2), "added": with_forward(replace=True)}
-    if part in changes:
-        build = cf.ClusterFormer.__init__
+        elif part == "overlap":
+            cf.pairwise_iou, right = (lambda boxes: torch.zeros_like(right(boxes))), cf.pairwise_iou
+            cf.top_detections = types.FunctionType(
+                cf.top_detections.__code__, dict(vars(cf), pairwise_iou=right), argdefs=(0.6,)
+            )  # suppression still needs it
+        elif part == "several matches":
+            cf.MATCHES_PER_TARGET = (1,)
+        elif part == "pixel loss":
+            cf.LOSS_WEIGHTS["pixel"] = 0.0
+        elif part == "own sides":
+            cf.BoxHead.forward = book_boxes
+        elif part == "suppression":
+            cf.top_detections = functools.partial(cf.top_detections, threshold=2.0)
+        elif part != "nothing":
+            changes.append(CHANGES[part])
+    build = cf.ClusterFormer.__init__
 
-        def build_and_change(self, *arguments, **options):
-            build(self, *arguments, **options)
-            changes[part](self)
+    def build_and_change(self, *arguments, **options):
+        build(self, *arguments, **options)
+        for change in changes:
+            change(self)
 
-        cf.ClusterFormer.__init__ = build_and_change
+    cf.ClusterFormer.__init__ = build_and_change
+
+
+CHANGES = {"fixed no object": learned_no_object, "top-down from zero": random_top_down, "top-down": top_down_off}
+CHANGES |= {"neck depthwise": without("depthwise"), "prior twice": with_forward(once=True)}
+CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2), "added": with_forward(replace=True)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +207,9 @@ def jobs():
     """(part, task, seed), in the order in which they are run."""
     base = [("nothing", task, seed) for seed in (0, 1, 2) for task in METRICS]
     screen = [(part, task, 0) for part, (_, more) in PARTS.items() for task in ("inst", *more) if part != "nothing"]
-    return base[:4] + [job for job in screen if job[1] == "inst"] + base[4:] + [job for job in screen if job[1] != "inst"]
+    together = [(parts, task, seed) for parts in TOGETHER for seed in (0, 1, 2) for task in METRICS]
+    first, rest = ([job for job in screen if (job[1] == "inst") == inst] for inst in (True, False))
+    return base[:4] + first + base[4:] + rest + together
 
 
 def done():
@@ -254,13 +262,13 @@ def work(folder):
 
 def print_table():
     lines = done()
-    print("| left out | expected | " + " | ".join(METRICS) + " | minutes |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for part, (expected, _) in PARTS.items():
-        cells = []
+    print("| left out | expected | " + " | ".join(METRICS) + " | minutes of a core |\n| --- | --- | --- | --- | --- | --- | --- |")
+    for part in (*PARTS, *TOGETHER):
+        expected, cells = PARTS.get(part, ("",))[0], []
         for task in METRICS:
             found = [lines[part, task, seed]["value"] for seed in (0, 1, 2) if (part, task, seed) in lines]
             cells.append(", ".join(f"{value:.3f}" for value in found))
-        minutes = lines[part, "inst", 0]["minutes"] if (part, "inst", 0) in lines else ""
+        minutes = lines[part, "inst", 0]["cpu_minutes"] if (part, "inst", 0) in lines else ""
         print(f"| {part} | {expected} | " + " | ".join(cells) + f" | {minutes} |")
 
 
