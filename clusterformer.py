@@ -15,7 +15,8 @@ A reference for "ClusterFormer: Clustering As A Universal Visual Learner" (NeurI
 THE METHOD.  Self-attention compares every token with every other token, which costs N x N.
 ClusterFormer puts K cluster centers between them, which costs N x K.  In the E-step every token is
 assigned to the centers.  In the M-step every center collects its tokens.  After T = 3 iterations,
-every token receives what its clusters have collected.  The assignment is also a picture that explains.
+every token receives what its clusters have collected.  The assignment is also an explanation: it can be
+drawn, and shows which pixels each cluster holds.
 
 THE PAPER, as we read it: its abstract, and its Figure 2, which is in the README of the authors' release
 and names Eq. 3 and Eq. 6.  "Recalled" is known from other places.  The full text may say more.
@@ -25,8 +26,8 @@ and names Eq. 3 and Eq. 6.  "Recalled" is known from other places.  The full tex
     M-step            C(t+1) = M(t) V(I)                             t < T         Eq. 3, Figure 2b
     dispatching       p_i'   = p_i + MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )      Eq. 6, Figure 2c
 
-K in softmax_K and 1/K is the number of centers, 100 in every stage; K( ) is the projection of the
-keys; heads have 32 channels (all recalled).  sim is a similarity of center and token.
+K in softmax_K and 1/K is the number of centers; K( ) is the projection of the keys; sim is a similarity
+of center and token.  Recalled, too: 100 centers in every stage, T = 3, and heads of 32 channels.
 
 THIS FILE, with q, k and v for the projections:
 
@@ -64,9 +65,9 @@ LETTERS, in equations and in the shapes at the ends of lines:
     D     channels                       S     similarity of centers and tokens, shaped like M
     h, d  heads; channels of a head      T     EM iterations
 
-"Paper" marks what follows the paper as we read it, a name with a year what is from that work, "Ours"
-what is this project's.  The file runs in the order of the data: clustering (1 to 3), backbone (4, 5),
-classification (6), detection and segmentation (7 to 11), the model and its trace (12).
+"Paper" marks what follows the paper as we read it, a name and a year what is from that work, "Ours" what
+is this project's.  In the order of the data: clustering (1 to 3), backbone (4, 5), classification (6),
+detection and segmentation (7 to 11), the model and its trace (12).
 """
 
 import math

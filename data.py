@@ -152,6 +152,7 @@ class Images(Dataset):
 
     `classes` are names.  A row of `images` is the name of an image in `folder`, then its label (Folder), or
     its number in the files and its size (Coco) or label map (Ade).  `things`: is a class countable (pan)?
+    `note`: what is not used, for the line that is printed at the start.
     """
 
     folder, things, note = "", None, ""
@@ -496,7 +497,8 @@ def training_sample(image, labels, boxes, masks, transform):
         parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
     if isinstance(labels, dict):
-        numbers = [number for number in parts["masks"].unique().tolist() if number in labels]
+        found = parts["masks"].flatten().unique_consecutive().unique()  # unique alone would sort all pixels
+        numbers = [number for number in found.tolist() if number in labels]
         labels, masks = [labels[i] for i in numbers], parts["masks"] == torch.tensor(numbers)[:, None, None]
     elif masks is not None:
         masks = parts["masks"].bool()
@@ -706,7 +708,8 @@ class Coco(Dense):
         path, table = os.path.join(self.maps, found[0]["file_name"]), found[0]["segments_info"]
         ids = torch.from_numpy(np.asarray(load_image(path)) @ np.array([1, 256, 256**2]))  # (H, W)
         need_size(path, ids.shape, size, name)
-        unknown = {*ids.unique().tolist()} - {0, *(segment["id"] for segment in table)}
+        used = ids.flatten().unique_consecutive().tolist()
+        unknown = {*used} - {0, *(segment["id"] for segment in table)}
         expect(not unknown, f"{path}: segments {[*unknown][:3]} have no entries in {self.path}; add them")
         return ids, table
 
