@@ -88,7 +88,7 @@ VARIANTS = {
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 7  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
+VERSION = 8  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
