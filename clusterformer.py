@@ -186,9 +186,6 @@ def rms_norm(x):
 class RecurrentCrossAttentionClustering(nn.Module):
     """T iterations of EM between K centers and N tokens, in each head separately.
 
-        E-step    M(t)   = softmax_K( S(t) ),   S(t) = scale * cos( q(C(t)), k(I) )
-        M-step    C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)
-
     One iteration, in one head (d channels of tokens and of centers), for one image:
 
         tokens I (N, d) --k--> keys (N, d)        queries (K, d) <--q-- centers C(t) (K, d)
@@ -209,11 +206,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
 
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
     the center (S), and matches no other center as well (M).  With weights M alone, a token that matches
-    no center would be divided among all of them, and would blur their means, whatever the scale.  A bias
-    added to S counts twice, in S and in M.
-
-    C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
-    the norm, and everything that reads C(T) normalizes it first.
+    no center would be divided among all of them, and would blur their means.  A bias added to S counts
+    twice, in S and in M.
 
     Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
     five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
@@ -272,16 +266,16 @@ class RecurrentCrossAttentionClustering(nn.Module):
             M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step, (h B, K, N)
         if self.history is not None:
             self.record(centers, tokens, values, steps, M)
-        C = join_heads(C, h).to(centers.dtype)  # in the decoder, centers are float32
+        C = join_heads(C, h).to(centers.dtype)  # float32, also under autocast
         return C, images_first(M, h).unflatten(-1, tokens.shape[1:-1])
 
     def record(self, centers, tokens, values, steps, M):
         """Fill the history with what trace() returns."""
         later, assignments, weights = zip(*steps)
         by_image = lambda maps: [images_first(x, self.num_heads) for x in maps]
-        self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), values=by_image([values])[0])
-        self.history |= dict(centers=[centers, *later], assignments=by_image([*assignments, M]))
-        self.history |= dict(weights=by_image(weights))
+        self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), centers=[centers, *later])
+        self.history |= dict(values=images_first(values, self.num_heads), weights=by_image(weights))
+        self.history |= dict(assignments=by_image([*assignments, M]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,8 +569,8 @@ def cell_boxes(height, width, device):
 
 def cxcywh_to_xyxy(boxes):
     """(..., 4) center x, center y, width, height -> left, top, right, bottom."""
-    center, sides = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([center - sides / 2, center + sides / 2], -1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], -1)
 
 
 def iou_and_giou(a, b):
@@ -592,20 +586,27 @@ def iou_and_giou(a, b):
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
 
-def box_prior(boxes, height, width):
-    """Log prior of where a center's tokens are: a Gaussian over its box, sigma a quarter of the sides.
+# Middles (x, y) of the quadrants of a box from its own middle, in its sides.
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)
 
+
+def box_prior(boxes, height, width):
+    """Log prior of where a center's tokens are: in head j, a Gaussian over quadrant j of its box.
+
+    The mean over a whole object says what the object consists of, but not how it is arranged.  With
+    quadrants, a corner at the top left and one at the bottom right are different features.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
-    Returns (B, K, N).
+    Returns (4, B, K, N).
     """
-    middle_x, middle_y, w, h = boxes.float().unsqueeze(-1).unbind(2)  # (B, K, 1) each
+    offsets = torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
+    middles, sides = (boxes[..., :2] + offsets * boxes[..., 2:]).float(), boxes[..., 2:].float() / 2
     x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
-    # A side counts as at least one token: a narrower Gaussian could lie between the tokens.
-    horizontal = ((x - middle_x) / w.clamp(min=1 / width)) ** 2  # (B, K, W)
-    vertical = ((y - middle_y) / h.clamp(min=1 / height)) ** 2  # (B, K, H)
-    distance = vertical[..., None] + horizontal[:, :, None]  # squared, in sides: (B, K, H, W)
-    # At least -20: for tokens far from all boxes, S decides, not which far box is a little nearer.
-    return (-8 * distance).clamp(min=-20).flatten(2)
+    # A quadrant is at least one token wide: a narrower Gaussian could lie between the tokens.
+    horizontal = ((x - middles[..., :1]) / sides[..., :1].clamp(min=1 / width)) ** 2  # (4, B, K, W)
+    vertical = ((y - middles[..., 1:]) / sides[..., 1:].clamp(min=1 / height)) ** 2  # (4, B, K, H)
+    distance = vertical[..., None] + horizontal[:, :, :, None]  # squared, in sides: (4, B, K, H, W)
+    # -8: sigma is a quarter of a side.  At least -20: far from all boxes, S decides, not which box is nearer.
+    return (-8 * distance).clamp(min=-20).flatten(3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,9 +627,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.norm, self.attention_norm = LayerNorm(dim), LayerNorm(dim)
         # A scale of 2, not 10: an object's center should also collect parts that look different.
-        heads = max(1, dim // HEAD_DIM)
-        self.cluster = RecurrentCrossAttentionClustering(dim, heads, iterations, scale=2.0)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
+        self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
         self.ffn = prenorm_mlp(dim, 4)
 
     def forward(self, centers, boxes, tokens):
@@ -642,6 +642,22 @@ class DecoderLayer(nn.Module):
 def mlp(dim, out):
     """D -> D -> D -> out, without norm and residual, as in DETR's heads."""
     return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
+
+
+MASK_SAMPLES = 12  # per side: fine enough for a silhouette
+
+
+def mask_samples(masks, boxes):
+    """Masks at 12 x 12 points over their boxes: silhouettes, at the same scale for small and large objects.
+
+    masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh as fractions of the image.
+    Returns (B, K, 144), row by row: 0.5 inside, -0.5 outside.
+    """
+    line = torch.linspace(-0.6, 0.6, MASK_SAMPLES, device=boxes.device)  # in sides: a silhouette needs its border
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    points = boxes[..., None, :2] + boxes[..., None, 2:] * torch.stack([x, y], -1).flatten(0, 1)  # (B, K, 144, 2)
+    samples = sample_points(masks.flatten(0, 1).float(), points.flatten(0, 1).float())
+    return samples.sigmoid().unflatten(0, masks.shape[:2]) - 0.5
 
 
 class Decoder(nn.Module):
@@ -678,6 +694,10 @@ class Decoder(nn.Module):
             self.pixel_mlp = prenorm_mlp(dim, TOKEN_RATIO)
             self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
             self.mask = mlp(dim, dim)
+            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes + 1)
+            self.silhouette = nn.Sequential(first, nn.GELU(), last)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def predict_centers(self, centers, boxes, embeddings):
         """What centers (B, K, D) with previous boxes (B, K, 4) predict: "logits", "boxes" and "masks".
@@ -685,10 +705,16 @@ class Decoder(nn.Module):
         embeddings: of the pixels, (B, H, W, D), or None.
         """
         x = self.norm(centers)
-        boxes = (boxes.logit(1e-3) + self.box(x).float()).sigmoid()
+        move, stretch = self.box(x).float().chunk(2, -1)  # in units of the sides
+        middles, sides = boxes[..., :2], boxes[..., 2:].clamp(min=0.01)
+        boxes = torch.cat([middles + sides * move, sides * stretch.clamp(max=4).exp()], -1)
+        low, high = cxcywh_to_xyxy(boxes).clamp(0, 1).chunk(2, -1)
+        boxes = torch.cat([(low + high) / 2, high - low], -1)
         output = dict(logits=in_full_precision(self.classifier, x), boxes=boxes)
         if self.with_masks:
-            output["masks"] = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
+            masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
+            silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
+            output |= dict(masks=masks, logits=output["logits"] + silhouettes)
         return output
 
     def forward(self, maps):
@@ -763,9 +789,9 @@ def uncertain_points(logits, count):
     """
     points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
     uncertainty = -sample_points(logits, points).abs()  # (n, 3 count)
-    most = uncertainty.topk(3 * count // 4, dim=1).indices[..., None].expand(-1, -1, 2)
+    most = uncertainty.topk(3 * count // 4, dim=1).indices[..., None]
     rest = torch.rand(len(logits), count - most.shape[1], 2, device=logits.device)
-    return torch.cat([points.gather(1, most), rest], 1)
+    return torch.cat([points.take_along_dim(most, 1), rest], 1)
 
 
 def mask_points(masks):
@@ -806,13 +832,11 @@ def match(outputs, targets, boxed):
     the batch.
     """
     L, K = outputs["logits"].shape[1:3]
-    costs = []
-    for i, target in enumerate(targets):
-        image = {key: value[i].flatten(0, 1) for key, value in outputs.items()}  # (L K, ...)
-        costs.append(matching_cost(image, target, boxed))
+    flat = {key: value.flatten(1, 2) for key, value in outputs.items()}  # (B, L K, ...)
+    costs = [matching_cost({key: flat[key][i] for key in flat}, one, boxed) for i, one in enumerate(targets)]
     # One copy to the CPU: each copy would wait for the GPU.  If a cost is not finite, no match will help.
     costs = torch.cat(costs).nan_to_num(0.0, 0.0, 0.0).cpu().double().numpy().reshape(-1, L, K)
-    matches, first = [np.zeros((4, 0), np.int64)], 0
+    matches, first = [], 0
     for i, target in enumerate(targets):
         last = first + len(target["labels"])
         for layer in range(L):
@@ -852,23 +876,22 @@ def set_losses(output, targets, stride, boxed):
             if (got := tuple(target["masks"].shape))[1:] != size:
                 raise ValueError(f"masks must be (n, {size[0]}, {size[1]}), as the images, got {got}")
     layers = [*output["aux"], output]
-    keys = [key for key in ("logits", "boxes", "masks") if key in output]
-    outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ..)
+    outputs = {key: torch.stack([one[key] for one in layers], 1) for key in output if key != "aux"}  # (B, L, K, ..)
     image, layer, center, target = match(outputs, targets, boxed)
-    truth = {key: torch.cat([one[key] for one in targets]) for key in targets[0]}
-    logits, labels = outputs["logits"].float(), truth["labels"][target]
+    labels, wanted = (torch.cat([one[key] for one in targets])[target] for key in ("labels", "boxes"))
+    logits = outputs["logits"].float()
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
     classes[image, layer, center] = labels
     weights = torch.ones(logits.shape[3], device=logits.device)
     weights[-1] = NO_OBJECT_WEIGHT
     entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weights, reduction="sum")
-    boxes, wanted = outputs["boxes"][image, layer, center].float(), truth["boxes"][target]
+    boxes = outputs["boxes"][image, layer, center].float()
     _, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     has_box = boxed[labels].float()
     losses = dict(label=entropy, l1=(boxes - wanted).abs().sum(1) @ has_box, giou=(1 - giou) @ has_box)
     if "masks" in outputs:
-        masks = outputs["masks"][image, layer, center].float()  # (m, h, w)
-        losses["mask"], losses["dice"] = mask_losses(masks, truth["masks"], target)
+        masks, truth = outputs["masks"][image, layer, center].float(), torch.cat([one["masks"] for one in targets])
+        losses["mask"], losses["dice"] = mask_losses(masks, truth, target)
     return {name: LOSS_WEIGHTS[name] * value for name, value in losses.items()}
 
 
@@ -1031,14 +1054,14 @@ class PanopticHead(DenseHead):
         ids, segments = torch.zeros_like(winner), []
         for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
             won = winner == k
-            if not won.any() or won.sum() < 0.6 * area[k]:
+            if won.sum() < max(1, 0.6 * area[k]):
                 continue
-            same = [one for one in segments if one["label"] == label and not one["isthing"]]
-            if not same:
-                same = [dict(id=len(segments) + 1, label=label, isthing=self.things[label], score=score)]
-                segments += same
-            same[0]["score"] = max(same[0]["score"], score)
-            ids[won] = same[0]["id"]
+            segment = next((one for one in segments if one["label"] == label and not one["isthing"]), None)
+            if segment is None:
+                segment = dict(id=len(segments) + 1, label=label, isthing=self.things[label], score=score)
+                segments.append(segment)
+            segment["score"] = max(segment["score"], score)
+            ids[won] = segment["id"]
         return {"panoptic": ids, "segments": segments}
 
 
@@ -1155,7 +1178,7 @@ class ClusterFormer(nn.Module):
             raise ValueError("images must hold at least one image")
         for image in images:
             check_image(image)
-        sizes = [tuple(size) for size in sizes or [image.shape[1:] for image in images]]
+        sizes = [tuple(size) for size in ([image.shape[1:] for image in images] if sizes is None else sizes)]
         stacked = len({image.shape for image in images}) == 1
         batches = [torch.stack(images)] if stacked else [image[None] for image in images]
         training, predictions = self.training, []
@@ -1185,8 +1208,7 @@ def trace(model, images):
         "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1
                        over N
     """
-    modules = model.named_modules()
-    found = {name: x for name, x in modules if isinstance(x, RecurrentCrossAttentionClustering)}
+    found = {name: x for name, x in model.named_modules() if isinstance(x, RecurrentCrossAttentionClustering)}
     for name, module in found.items():
         module.history = dict(name=name)
     training = model.training

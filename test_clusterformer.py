@@ -472,13 +472,17 @@ def test_masks_of_another_size_than_the_images_are_refused():
 # --------------------------------------------------------------------------------------------------
 # Detection and segmentation
 # --------------------------------------------------------------------------------------------------
-def test_the_box_prior_is_the_log_of_a_gaussian_over_the_box():
-    prior = cf.box_prior(torch.tensor([[[0.5, 0.3, 0.4, 0.2], [0.5, 0.3, 0.4, 0.0]]]), 10, 10)[0].view(2, 10, 10)
+def test_the_box_prior_is_the_log_of_a_gaussian_over_a_quadrant():
+    boxes = torch.tensor([[[0.5, 0.3, 0.4, 0.2], [0.5, 0.3, 0.4, 0.02]]])
     x = y = (np.arange(10) + 0.5) / 10
-    for found, height in zip(prior, (0.2, 0.1)):  # a box is at least as high as a token
-        horizontal, vertical = (x[None] - 0.5) / 0.1, (y[:, None] - 0.3) / (height / 4)  # sigma: a quarter of a side
-        expected = -(horizontal**2 + vertical**2) / 2
-        np.testing.assert_allclose(found, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
+    for box, height in enumerate((0.1, 0.1)):  # a quadrant is at least as high as a token
+        priors = cf.box_prior(boxes, 10, 10)[:, 0, box].view(4, 10, 10)
+        up = boxes[0, box, 3].item() / 4
+        quadrants = (0.3 - up, 0.4), (0.3 - up, 0.6), (0.3 + up, 0.4), (0.3 + up, 0.6)  # centers, y and x
+        for prior, (middle_y, middle_x) in zip(priors, quadrants):
+            horizontal, vertical = (x[None] - middle_x) / 0.05, (y[:, None] - middle_y) / (height / 4)
+            expected = -(horizontal**2 + vertical**2) / 2  # sigma: a quarter of a side
+            np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(12, 12), (7, 25), (40, 33)])
@@ -491,6 +495,31 @@ def test_centers_start_as_the_means_of_the_cells_that_are_their_first_boxes(heig
         cell = x[:, top:bottom, left:right]
         torch.testing.assert_close(means[:, i], cell.mean((1, 2)))
     assert cf.pool_cells(x[:, :3, :4]).shape[1] == 2 * 2  # in the backbone, a cell has two tokens a side
+
+
+def test_a_box_is_the_previous_one_moved_by_fractions_of_its_sides_and_stretched():
+    decoder = random_model("det").head.decoder
+    centers, boxes = torch.randn(1, 2, 128), torch.tensor([[[0.5, 0.4, 0.2, 0.1], [0.9, 0.5, 0.3, 0.2]]])
+    for parameter in decoder.box[-1].parameters():
+        parameter.data.zero_()  # as at first
+    found = lambda: decoder.predict_centers(centers, boxes, None)["boxes"][0]
+    torch.testing.assert_close(found(), torch.tensor([[0.5, 0.4, 0.2, 0.1], [0.875, 0.5, 0.25, 0.2]]))  # in the image
+    decoder.box[-1].bias.data = torch.tensor([0.5, -1.0, math.log(1.5), 0.0])
+    torch.testing.assert_close(found()[0], torch.tensor([0.6, 0.3, 0.3, 0.1]))
+
+
+def test_mask_samples_do_not_depend_on_the_size_of_an_object():
+    def of_disc(size):  # half as wide as the image
+        y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+        disc = torch.where((x / size - 0.5) ** 2 + (y / size - 0.5) ** 2 < 1 / 16, 20.0, -20.0)
+        box = torch.tensor([[[0.5, 0.5, 0.5, 0.5]]])
+        return cf.mask_samples(disc[None, None], box).view(12, 12)
+
+    small, large = of_disc(48), of_disc(192)
+    assert (small - large).abs().max() < 0.5 and (small - large).abs().mean() < 0.05
+    for samples in (small, large):  # inside of the disc, and in a corner of the box
+        assert samples[5, 5].item() == pytest.approx(0.5, abs=1e-5)
+        assert samples[0, 0].item() == pytest.approx(-0.5, abs=1e-5)
 
 
 def test_classes_of_centers_and_pixels_worked_out_by_hand():

@@ -263,7 +263,7 @@ def print_table():
         for task in METRICS:
             found = [lines[part, task, seed]["value"] for seed in (0, 1, 2) if (part, task, seed) in lines]
             cells.append(", ".join(f"{value:.3f}" for value in found))
-        minutes = lines[part, "inst", 0]["cpu_minutes"] if (part, "inst", 0) in lines else ""
+        minutes = lines.get((part, "inst", 0), {}).get("cpu_minutes", "")
         print(f"| {part} | {expected} | " + " | ".join(cells) + f" | {minutes} |")
 
 
