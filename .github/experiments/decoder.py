@@ -2,13 +2,13 @@
 """What each part of the decoder is worth: default runs of the dense tasks, each with a part left out.
 
     python .github/experiments/decoder.py --list
-    python .github/experiments/decoder.py --work DIR            takes jobs until none is left; start one per core
-    python .github/experiments/decoder.py --work DIR --as NAME  the four tasks as they are, three seeds, under a name
+    python .github/experiments/decoder.py --work DIR          takes jobs until none is left; start one per core
+    python .github/experiments/decoder.py --job "quadrants" inst 0 DIR
     python .github/experiments/decoder.py --table
 
-The parts are those of commit 3264464: without --as, run the first two lines in a worktree of it.  PARTS and their
-expectations were written before the first run.  A worker can be killed and started again: a job goes on from its
-last checkpoint.  Results go to decoder.jsonl beside this file, a line per job; NAME says which commit it was.
+A worker can be killed and started again: a job goes on from its last checkpoint.  Results go to decoder.jsonl
+beside this file, a line per job.  PARTS and their expectations were written before the first run.
+The parts that were put back into a shorter decoder are in the same log: see decoder_back.py.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import clusterformer as cf  # noqa: E402
+import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
@@ -52,6 +53,8 @@ PARTS = {
     "T 2": (0.00, ()),
     "added": (0.02, ()),  # means replace the centers
 }
+
+TOGETHER = ()  # what the screen takes out, all at once, "quadrants + mask prior" for example
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,44 +154,48 @@ def top_down_off(model):
         linear.requires_grad_(False)  # it starts at zero, and stays there
 
 
-def apply(part):
-    """Change the module as PARTS says."""
-    local = ["quadrants", "mask prior", "mask samples", "falloff"]
-    for name in local if part == "locality" else [part]:
-        if name == "quadrants":
+def apply(parts):
+    """Change the module as PARTS says.  parts: one, or several with " + " between them."""
+    changes = []  # of a model, after it was built
+    for part in parts.replace("locality", "mask prior + mask samples + falloff + no prior").split(" + "):
+        if part == "quadrants":
             cf.box_prior = whole_box_prior
-        elif name == "mask prior":
+        elif part == "no prior":
+            cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
+        elif part == "mask prior":
             cf.mask_prior = no_mask_prior
-        elif name == "mask samples":
+        elif part == "mask samples":
             cf.mask_samples = no_samples
-        elif name == "falloff":
+        elif part == "falloff":
             cf.MaskHead.forward = plain_masks
-    if part == "locality":
-        cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
-    elif part == "overlap":
-        cf.pairwise_iou, right = (lambda boxes: torch.zeros_like(right(boxes))), cf.pairwise_iou
-        cf.top_detections = types.FunctionType(
-            cf.top_detections.__code__, dict(vars(cf), pairwise_iou=right), argdefs=(0.6,)
-        )  # suppression still needs it
-    elif part == "several matches":
-        cf.MATCHES_PER_TARGET = (1,)
-    elif part == "pixel loss":
-        cf.LOSS_WEIGHTS["pixel"] = 0.0
-    elif part == "own sides":
-        cf.BoxHead.forward = book_boxes
-    elif part == "suppression":
-        cf.top_detections = functools.partial(cf.top_detections, threshold=2.0)
-    changes = {"fixed no object": learned_no_object, "top-down from zero": random_top_down, "top-down": top_down_off}
-    changes |= {"neck depthwise": without("depthwise"), "prior twice": with_forward(once=True)}
-    changes |= {"T 1": set_iterations(1), "T 2": set_iterations(2), "added": with_forward(replace=True)}
-    if part in changes:
-        build = cf.ClusterFormer.__init__
+        elif part == "overlap":
+            cf.pairwise_iou, right = (lambda boxes: torch.zeros_like(right(boxes))), cf.pairwise_iou
+            cf.top_detections = types.FunctionType(
+                cf.top_detections.__code__, dict(vars(cf), pairwise_iou=right), argdefs=(0.6,)
+            )  # suppression still needs it
+        elif part == "several matches":
+            cf.MATCHES_PER_TARGET = (1,)
+        elif part == "pixel loss":
+            cf.LOSS_WEIGHTS["pixel"] = 0.0
+        elif part == "own sides":
+            cf.BoxHead.forward = book_boxes
+        elif part == "suppression":
+            cf.top_detections = functools.partial(cf.top_detections, threshold=2.0)
+        elif part != "nothing":
+            changes.append(CHANGES[part])
+    build = cf.ClusterFormer.__init__
 
-        def build_and_change(self, *arguments, **options):
-            build(self, *arguments, **options)
-            changes[part](self)
+    def build_and_change(self, *arguments, **options):
+        build(self, *arguments, **options)
+        for change in changes:
+            change(self)
 
-        cf.ClusterFormer.__init__ = build_and_change
+    cf.ClusterFormer.__init__ = build_and_change
+
+
+CHANGES = {"fixed no object": learned_no_object, "top-down from zero": random_top_down, "top-down": top_down_off}
+CHANGES |= {"neck depthwise": without("depthwise"), "prior twice": with_forward(once=True)}
+CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2), "added": with_forward(replace=True)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,13 +204,13 @@ def apply(part):
 LOG = Path(__file__).with_suffix(".jsonl")
 
 
-def jobs(name=None):
+def jobs():
     """(part, task, seed), in the order in which they are run."""
-    if name:
-        return [(name, task, seed) for seed in (0, 1, 2) for task in METRICS]
     base = [("nothing", task, seed) for seed in (0, 1, 2) for task in METRICS]
     screen = [(part, task, 0) for part, (_, more) in PARTS.items() for task in ("inst", *more) if part != "nothing"]
-    return base[:4] + [job for job in screen if job[1] == "inst"] + base[4:] + [job for job in screen if job[1] != "inst"]
+    together = [(parts, task, seed) for parts in TOGETHER for seed in (0, 1, 2) for task in METRICS]
+    first, rest = ([job for job in screen if (job[1] == "inst") == inst] for inst in (True, False))
+    return base[:4] + first + base[4:] + rest + together
 
 
 def done():
@@ -218,8 +225,8 @@ def run_job(part, task, seed, folder):
     if part == "suppression":
         path = os.path.join(folder, f"nothing-{task}-{seed}", "last.pt")
         model, checkpoint = evaluation.load_checkpoint(path)
-        dataset = evaluation.validation_set(None, 96, task)
-        metrics, minutes = evaluation.evaluate(model, dataset, torch.device("cpu"), 8), 0.0
+        dataset = data.make_dataset(task, None, "val", 96)
+        (metrics, _), minutes = evaluation.evaluate(model, dataset, torch.device("cpu"), 8), 0.0
     else:
         out = os.path.join(folder, f"{part}-{task}-{seed}".replace(" ", "-"))
         sys.argv = ["train.py", "--task", task, "--seed", str(seed), "--out", out, "--workers", "0", "--resume"]
@@ -233,11 +240,11 @@ def run_job(part, task, seed, folder):
         file.write(json.dumps(line) + "\n")
 
 
-def work(folder, name):
+def work(folder):
     """Take the first job that is neither done nor taken; a job of a worker that died is free again."""
     os.makedirs(folder, exist_ok=True)
     while True:
-        for job in jobs(name):
+        for job in jobs():
             part, task, seed = job
             lock = Path(folder, f"{part}-{task}-{seed}.lock".replace(" ", "-"))
             waits = part == "suppression" and ("nothing", task, seed) not in done()
@@ -257,9 +264,8 @@ def work(folder, name):
 def print_table():
     lines = done()
     print("| left out | expected | " + " | ".join(METRICS) + " | minutes of a core |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for part in dict.fromkeys((*PARTS, *(part for part, _, _ in lines))):
-        expected = PARTS.get(part, ("",))[0]
-        cells = []
+    for part in dict.fromkeys((*PARTS, *TOGETHER, *(part for part, _, _ in lines))):
+        expected, cells = PARTS.get(part, ("",))[0], []
         for task in METRICS:
             found = [lines[part, task, seed]["value"] for seed in (0, 1, 2) if (part, task, seed) in lines]
             cells.append(", ".join(f"{value:.3f}" for value in found))
@@ -272,7 +278,6 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the jobs")
     parser.add_argument("--table", action="store_true", help="print the results")
     parser.add_argument("--work", metavar="DIR", help="take jobs until none is left; DIR holds their checkpoints")
-    parser.add_argument("--as", metavar="NAME", dest="name", help="nothing is left out; the name of these runs")
     parser.add_argument("--job", nargs=4, metavar=("PART", "TASK", "SEED", "DIR"), help="run one")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,7 +286,7 @@ def main():
     elif args.table:
         print_table()
     elif args.work:
-        work(args.work, args.name)
+        work(args.work)
     elif args.job:
         part, task, seed, folder = args.job
         run_job(part, task, int(seed), folder)
