@@ -51,10 +51,10 @@ same blocks without clusters are ahead on small images, and T = 3 is not shown t
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
-A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) + 6 K D^2 multiply-adds: keys and values, E- and M-steps
-with dispatching, convolution, MLP on tokens; MLPs on centers.  In stage 1 of Tiny that is 64 + 200 + 9 +
-384 + 5 per number of the map.  The release is another method: centers attend by a softmax over N, then
-each token goes to its most similar center alone.  It has no MLP on centers, and no dense tasks.
+A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) + K D (6 D + (T + 1) d) multiply-adds: keys and values, E-
+and M-steps with dispatching, convolution, MLP on tokens; MLPs on centers, queries.  In stage 1 of Tiny that
+is 64 + 200 + 9 + 384 + 5 + 1 per number of the map.  The release is another method: centers attend by a
+softmax over N, then each token goes to its most similar center alone; no MLP on centers, no dense tasks.
 
 LETTERS, in equations and in the shapes at the ends of lines:
 
@@ -67,7 +67,7 @@ LETTERS, in equations and in the shapes at the ends of lines:
 
 "Paper" marks what follows the paper as we read it, a name and a year what is from that work, "Ours" what
 is this project's.  In the order of the data: clustering (1 to 3), backbone (4, 5), classification (6),
-detection and segmentation (7 to 11), the model and its trace (12).
+detection and segmentation (7 to 10), the model and its trace (11).
 """
 
 import math
@@ -80,7 +80,7 @@ from torch import nn
 # depths and channels: of the four stages.  Those of tiny and small are Swin-T's and Swin-S's (Paper);
 # nano is ours, for CPUs and small images.
 # dim: width of neck and decoder.
-# levels: the map that each decoder layer clusters, 1, 2 or 3 for strides 8, 16 or 32.
+# levels: the map that each decoder layer clusters, 1, 2 or 3 for strides 8, 16 or 32 (if patch_size is 4).
 # drop_path: for train.py, which sets it at full scale; not read here.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
@@ -88,10 +88,11 @@ VARIANTS = {
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 7  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
+VERSION = 8  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
+MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
 CENTER_RATIO = 1, 2  # hidden width of the MLPs on centers, in units of D: initial, dispatching
 TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 
@@ -108,18 +109,8 @@ def grid_shape(height, width, grid=GRID, min_cell=2):
     return min(grid, -(-height // min_cell)), min(grid, -(-width // min_cell))
 
 
-def pool_cells(x, grid=GRID, min_cell=2):
-    """Mean of each grid cell: (B, H, W, D) -> (B, K, D).  Paper: AdaptivePooling_K."""
-    shape = grid_shape(x.shape[1], x.shape[2], grid, min_cell)
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), shape).flatten(2).mT  # (B, K, D)
-
-
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm in the dtype of its input.
-
-    Under autocast, nn.LayerNorm returns float32, at twice the memory and time.  Torch computes mean and
-    variance in float32 in any case.
-    """
+    """nn.LayerNorm in the dtype of its input: under autocast, torch's returns float32, at twice the time."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -127,21 +118,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 def in_full_precision(module, x):
-    """module(x) in the dtype of its weights, also under autocast: for MLPs of centers and for classifiers.
+    """module(x) in the dtype of its weights, also under autocast.
 
-    Centers are so few that casting the weights would take longer than the products.  Classifiers in
-    bfloat16 would often give two classes the same logit.
+    For classifiers, since bfloat16 often gives two classes the same logit, and for MLPs on centers, which
+    are so few that casting the weights would take longer than the products.
     """
     with torch.autocast(x.device.type, enabled=False):
         return module(x.to(next(module.parameters()).dtype))
 
 
 def prenorm_mlp(dim, ratio):
-    """A residual branch: norm, D -> ratio * D -> D.
-
-    Ours: the last layer is zero-initialized.  A residual branch thus adds nothing at first, and
-    grows with training.
-    """
+    """A residual branch: norm, D -> ratio * D -> D.  Ours: it starts at zero, so at first it adds nothing."""
     layers = [LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)]
     nn.init.zeros_(layers[-1].weight)
     nn.init.zeros_(layers[-1].bias)
@@ -149,12 +136,7 @@ def prenorm_mlp(dim, ratio):
 
 
 class InitialCenters(nn.Module):
-    """Where centers start, in the backbone, in the classification head and in the decoder.
-
-        C(0) = pool(I) + FFN(pool(I))
-
-    Paper (recalled): FFN(pool(I)).  Ours: the FFN is a residual branch, and starts at zero.
-    """
+    """C(0) = pool(I) + FFN(pool(I)), in the backbone, in the classification head and in the decoder."""
 
     def __init__(self, dim, grid=GRID, min_cell=2, ffn=True):
         super().__init__()
@@ -163,7 +145,8 @@ class InitialCenters(nn.Module):
 
     def forward(self, x):
         """x: map (B, H, W, D).  Returns C(0), (B, K, D)."""
-        centers = pool_cells(x, self.grid, self.min_cell)
+        shape = grid_shape(*x.shape[1:3], self.grid, self.min_cell)
+        centers = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), shape).flatten(2).mT  # means of grid cells (Paper)
         return centers if self.ffn is None else centers + in_full_precision(self.ffn, centers)
 
 
@@ -199,9 +182,6 @@ def rms_norm(x):
 class RecurrentCrossAttentionClustering(nn.Module):
     """T iterations of EM between K centers and N tokens, in each head separately.
 
-        E-step    M(t)   = softmax_K( S(t) ),   S(t) = scale * cos( q(C(t)), k(I) )
-        M-step    C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)
-
     One iteration, in one head (d channels of tokens and of centers), for one image:
 
         tokens I (N, d) --k--> keys (N, d)        queries (K, d) <--q-- centers C(t) (K, d)
@@ -222,15 +202,11 @@ class RecurrentCrossAttentionClustering(nn.Module):
 
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
     the center (S), and matches no other center as well (M).  With weights M alone, a token that matches
-    no center would be divided among all of them, and would blur their means, whatever the scale.  A bias
-    added to S counts twice, in S and in M.
+    no center would be divided among all of them, and would blur their means.  A bias added to S counts
+    twice, in S and in M.
 
-    C(T) is C(0) plus T means, so its norm grows with T.  This is harmless, since the cosine ignores
-    the norm, and everything that reads C(T) normalizes it first.
-
-    Cost: S has N * K numbers per head.  An iteration writes four tensors of this size (S, log M, their
-    sum and the weights; five with a bias).  Training keeps log M and the weights: the gradient of a
-    softmax needs its result.
+    Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
+    five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
     """
 
     def __init__(self, dim, num_heads, iterations=3, scale=10.0, alike=False):
@@ -286,16 +262,16 @@ class RecurrentCrossAttentionClustering(nn.Module):
             M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step, (h B, K, N)
         if self.history is not None:
             self.record(centers, tokens, values, steps, M)
-        C = join_heads(C, h).to(centers.dtype)  # in the decoder, centers are float32
+        C = join_heads(C, h).to(centers.dtype)  # float32, also under autocast
         return C, images_first(M, h).unflatten(-1, tokens.shape[1:-1])
 
     def record(self, centers, tokens, values, steps, M):
         """Fill the history with what trace() returns."""
         later, assignments, weights = zip(*steps)
         by_image = lambda maps: [images_first(x, self.num_heads) for x in maps]
-        self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), values=by_image([values])[0])
-        self.history |= dict(centers=[centers, *later], assignments=by_image([*assignments, M]))
-        self.history |= dict(weights=by_image(weights))
+        self.history |= dict(size=tokens.shape[1:-1], tokens=tokens.flatten(1, -2), centers=[centers, *later])
+        self.history |= dict(values=images_first(values, self.num_heads), weights=by_image(weights))
+        self.history |= dict(assignments=by_image([*assignments, M]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,8 +315,7 @@ class ClusterBlock(nn.Module):
         x    = x + MLP(x)                 Ours: works on each token alone, as in any transformer
 
     The convolution relates neighbors, and prepares the tokens that are clustered.  It starts at random (in
-    the last stage at zero, see Backbone), and is never dropped.  The other branches start at zero, so an
-    untrained block is x + DepthwiseConv(x).
+    the last stage at zero, see Backbone), and is never dropped.  The other branches start at zero.
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
@@ -516,14 +491,8 @@ class ClassificationHead(nn.Module):
 
     def loss(self, output, targets):
         """Cross-entropy, a sum over images.  targets: (B,) classes, or (B, classes) probabilities."""
-        entropy = F.cross_entropy(
-            output["logits"].float(), targets, label_smoothing=self.label_smoothing, reduction="sum"
-        )
-        return {"label": entropy}
-
-    def count(self, targets):
-        """Number of images."""
-        return len(targets)
+        logits, smoothing = output["logits"].float(), self.label_smoothing
+        return {"label": F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")}
 
     def predict(self, output, image_size, sizes):
         """The five likeliest classes per image."""
@@ -533,22 +502,33 @@ class ClassificationHead(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Detection and segmentation: neck, boxes, and priors.  From here on, a cluster is an object
+# 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
-# Paper (abstract): the same clustering solves these tasks, too.  Paper (recalled): their decoder has
-# six layers of recurrent cross-attention with 100 centers.  What we read says no more.  All else in
-# sections 7 to 11 is taken from the work that is named beside it; numbers without a name are ours.
-# Who wants to learn the clustering can stop after section 8.  "Previous" boxes and masks are those that a
-# center predicted one layer before.
+# Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
+# from other work.  "Worth": the mask AP that a short run of inst on drawn scenes loses without the part (one
+# seed, all other parts in place; no figure: not tried).  At full scale it may be another.
+#
+#     part                                                            whose                      worth
+#     maps are added from coarse to fine                              FPN (2017)
+#       the addition starts at zero; 3 x 3 convolutions follow        ours
+#     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
+#     a cell is a first box; S starts with a scale of 2               ours
+#     a center looks where its previous box is                        SMCA (2021)
+#       head j looks at quadrant j                                    ours
+#     each layer moves the previous box                               Deformable DETR (2021)
+#       in units of its sides                                         R-CNN (2014)
+#     attention between centers; "no object"; losses of all layers    DETR (2020)
+#       centers whose boxes overlap attend more                       ours
+#       several centers per target in the first layers                ours, after H-DETR (2023)
+#     masks are dot products; their losses; order of the maps         Mask2Former (2022)
+#       an MLP on the finest map; classes also see the mask           ours
+#     duplicates are removed                                          YOLACT (2019)
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
     """Bring all maps to the same width D, and add what coarser maps see.  FPN (Lin et al., 2017).
 
-        x_s   = lateral(norm(I_s)) + upsampled top_down(norm(out_2s))     s: stride, coarse to fine
+        x_s   = lateral(norm(I_s)) + upsampled top_down(norm(out_2s))      s: stride, coarse to fine
         out_s = x_s + DepthwiseConv(x_s)
-
-    Ours: the depthwise convolution; and a top-down path that is zero-initialized, because coarse
-    features become useful late, and would only add noise before that.
     """
 
     def __init__(self, channels, dim):
@@ -556,40 +536,38 @@ class Neck(nn.Module):
         linear = lambda c: nn.Sequential(LayerNorm(c), nn.Linear(c, dim))
         self.laterals = nn.ModuleList(linear(c) for c in channels)
         self.top_down = nn.ModuleList(linear(dim) for _ in channels[1:])
-        for _, last in self.top_down:
+        for _, last in self.top_down:  # coarse features become useful late, and would only add noise before that
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         self.depthwise = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in channels)
 
     def forward(self, maps):
         """maps: (B, H, W, C), fine to coarse.  Returns as many (B, H, W, D)."""
-        outputs = []
+        outputs = [lateral(x) for lateral, x in zip(self.laterals, maps)]
         for i in reversed(range(len(maps))):
-            x = self.laterals[i](maps[i])
-            if outputs:
-                x = x + self.top_down[i](outputs[-1]).repeat_interleave(2, 1).repeat_interleave(2, 2)
-            outputs.append(x + self.depthwise[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        return outputs[::-1]
+            if i + 1 < len(maps):
+                coarse = self.top_down[i](outputs[i + 1])
+                outputs[i] = outputs[i] + coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            outputs[i] = outputs[i] + self.depthwise[i](outputs[i].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return outputs
 
 
 def cell_boxes(height, width, device):
-    """Boxes of the grid cells that centers start from, (K, 4) cxcywh as fractions of the image.  Ours."""
+    """Boxes of the grid cells that centers start from, (K, 4) cxcywh as fractions of the image."""
     middles, sides = [], []
     for tokens, cells in zip((height, width), grid_shape(height, width, OBJECT_GRID, min_cell=1)):
         cell = torch.arange(cells, device=device)
-        start = cell * tokens // cells  # as in adaptive pooling: neighboring cells may share a token
-        end = ((cell + 1) * tokens + cells - 1) // cells
+        start, end = cell * tokens // cells, -((cell + 1) * tokens // -cells)  # cells may share a token
         middles.append((start + end) / (2 * tokens))
         sides.append((end - start) / tokens)
-    y, x = torch.meshgrid(*middles, indexing="ij")  # (kh, kw)
-    h, w = torch.meshgrid(*sides, indexing="ij")
+    (y, x), (h, w) = (torch.meshgrid(*pair, indexing="ij") for pair in (middles, sides))  # (kh, kw) each
     return torch.stack([x, y, w, h], -1).flatten(0, 1)
 
 
 def cxcywh_to_xyxy(boxes):
     """(..., 4) center x, center y, width, height -> left, top, right, bottom."""
-    center, sides = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([center - sides / 2, center + sides / 2], -1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], -1)
 
 
 def iou_and_giou(a, b):
@@ -605,75 +583,27 @@ def iou_and_giou(a, b):
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
 
-def pairwise_iou(boxes):
-    """IoU of all pairs of an image's boxes, (B, K, 4) cxcywh -> (B, K, K), 0 on the diagonal."""
-    boxes = cxcywh_to_xyxy(boxes)
-    iou, _ = iou_and_giou(boxes[:, :, None], boxes[:, None])
-    return iou * (1 - torch.eye(iou.shape[1], device=iou.device))
-
-
-# How the previous box and mask of a center are used:
-#
-#      12 x 12 mask samples          QUADRANTS.  The center clusters tokens near its box: head 0 around a,
-#     . . . . . . . . . . . .        head 1 around b, head 2 around c, head 3 around d, each with a
-#     . +-----------------+ .        Gaussian whose sigma is a quarter of the quadrant's side.
-#     . |        |        | .
-#     . |   a    |    b   | .        SQUARED DISTANCE from the box, in units of half its sides: 0 in the
-#     . |        |        | .        middle x, 1 in the middle of each side, 2 in the corners.
-#     . |--------x--------| .
-#     . |        |        | .        MASK SAMPLES.  The classifier also sees 12 x 12 samples of the mask,
-#     . |   c    |    d   | .        which reach a tenth of a side beyond the box: a silhouette, at the
-#     . |        |        | .        same scale for small and large objects.
-#     . +-----------------+ .
-#     . . . . . . . . . . . .
-def box_distance(boxes, height, width):
-    """Squared distance of tokens from the middles of boxes, in units of half a side.  Ours.
-
-    boxes: (B, K, 4) cxcywh as fractions of the image.  Returns (B, K, height, width).
-    """
-    middle_x, middle_y, w, h = boxes.float().unsqueeze(-1).unbind(2)  # (B, K, 1) each
-    x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
-    # A side counts as at least 1 % of the image: near 0, distances would explode.
-    horizontal = ((x - middle_x) / (w.clamp(min=0.01) / 2)) ** 2  # (B, K, width)
-    vertical = ((y - middle_y) / (h.clamp(min=0.01) / 2)) ** 2  # (B, K, height)
-    return vertical[..., None] + horizontal[:, :, None]
-
-
-# Offsets (x, y) of the middles of a, b, c, d from the middle of the box, in its sides.
+# Middles (x, y) of the quadrants of a box from its own middle, in its sides.
 QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)
 
 
 def box_prior(boxes, height, width):
     """Log prior of where a center's tokens are: in head j, a Gaussian over quadrant j of its box.
 
-    After SMCA (Gao et al., 2021), which adds a Gaussian around a predicted point to the attention
-    logits.  Ours: a quadrant per head.  The mean over a whole object says what the object consists
-    of, but not how it is arranged.  With quadrants, a corner at the top left and a corner at the
-    bottom right are different features.
+    The mean over a whole object says what the object consists of, but not how it is arranged.  With
+    quadrants, a corner at the top left and one at the bottom right are different features.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
     Returns (4, B, K, N).
     """
-    x, y, w, h = boxes.unbind(-1)  # (B, K) each
-    # A quadrant is at least one token wide.  A narrower one could lie between the tokens, and the
-    # limit of -20 below would make all tokens equally likely.
-    w_quadrant, h_quadrant = (w / 2).clamp(min=1 / width), (h / 2).clamp(min=1 / height)
-    prior = []
-    for right, down in QUADRANTS:
-        quadrant = torch.stack([x + right * w, y + down * h, w_quadrant, h_quadrant], -1)
-        distance = box_distance(quadrant, height, width)  # (B, K, H, W)
-        prior.append(-2 * distance.flatten(2))  # -2: sigma is side / 4
-    # At least -20: for tokens far from all boxes, S decides, not which far box is a little nearer.
-    return torch.stack(prior).clamp(min=-20)
-
-
-def mask_prior(masks, factor):
-    """Log prior from the previous masks: a soft form of Mask2Former's masked attention (2022).
-
-    A box also holds what is around an object and in front of it; the mask of the object does not.
-    masks: logits (B, K, H, W).  factor: a token covers factor x factor of their pixels.
-    Returns (B, K, N), at least -10: a center with a wrong mask still sees its box.
-    """
-    return F.logsigmoid(F.avg_pool2d(masks.float(), factor)).clamp(min=-10).flatten(2)
+    offsets = torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
+    middles, sides = (boxes[..., :2] + offsets * boxes[..., 2:]).float(), boxes[..., 2:].float() / 2
+    x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
+    # A quadrant is at least one token wide: a narrower Gaussian could lie between the tokens.
+    horizontal = ((x - middles[..., :1]) / sides[..., :1].clamp(min=1 / width)) ** 2  # (4, B, K, W)
+    vertical = ((y - middles[..., 1:]) / sides[..., 1:].clamp(min=1 / height)) ** 2  # (4, B, K, H)
+    distance = vertical[..., None] + horizontal[:, :, :, None]  # squared, in sides: (4, B, K, H, W)
+    # -8: sigma is a quarter of a side.  At least -20: far from all boxes, S decides, not which box is nearer.
+    return (-8 * distance).clamp(min=-20).flatten(3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -682,13 +612,12 @@ def mask_prior(masks, factor):
 class DecoderLayer(nn.Module):
     """Centers collect tokens from one map, then look at each other.
 
-        C, M = cluster(norm(C), I)     Paper (recalled); the norm and the bias, log priors, are ours
-        C    = C + attention(norm(C))  DETR (2020); the bias, the overlap of boxes, is ours
-        C    = C + FFN(C)              DETR (2020)
+        C, M = cluster(norm(C), I)
+        C    = C + attention(norm(C))
+        C    = C + FFN(C)
 
-    cluster returns norm(C) plus means: C is normalized once per layer, and cannot grow with depth.
-    Two centers whose boxes overlap may have found the same object.  They must see each other to
-    decide which of them keeps it, so overlap raises the attention between them.
+    cluster returns norm(C) plus means: C is normalized once per layer, and cannot grow with depth.  In the
+    attention, centers that have found the same object, whose boxes overlap, can decide which of them keeps it.
     """
 
     def __init__(self, dim, iterations=3):
@@ -696,182 +625,97 @@ class DecoderLayer(nn.Module):
         self.norm, self.attention_norm = LayerNorm(dim), LayerNorm(dim)
         # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
-        self.attention = nn.MultiheadAttention(dim, max(1, dim // 32), batch_first=True)
+        self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
         # Learned.  At first 0 in the first head, and up to 8 in the last: there, equal boxes get e^8
         # times the attention of disjoint ones.
         self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
-    def forward(self, centers, boxes, tokens, masks=None):
-        """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).
-
-        masks: mask_prior of the previous masks, (B, K, N), or None.  Returns centers (B, K, D).
-        """
-        bias = box_prior(boxes, *tokens.shape[1:3])  # (4, B, K, N)
-        if masks is not None:
-            bias = bias + masks
-        centers, _ = self.cluster(self.norm(centers), tokens, bias)
+    def forward(self, centers, boxes, tokens):
+        """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).  Returns (B, K, D)."""
+        centers, _ = self.cluster(self.norm(centers), tokens, box_prior(boxes, *tokens.shape[1:3]))
         x = self.attention_norm(centers)
-        bias = self.overlap[:, None, None] * pairwise_iou(boxes)[:, None]  # (B, heads, K, K)
-        bias = bias.flatten(0, 1).to(x.dtype)  # (B heads, K, K)
+        corners = cxcywh_to_xyxy(boxes)
+        iou, _ = iou_and_giou(corners[:, :, None], corners[:, None])  # (B, K, K)
+        bias = (self.overlap[:, None, None] * iou[:, None]).flatten(0, 1).to(x.dtype)  # (B heads, K, K)
         centers = centers + self.attention(x, x, x, attn_mask=bias, need_weights=False)[0]
         return centers + self.ffn(centers)
 
 
-def class_probability(logits):
-    """Softmax over the classes and "no object": (..., classes) -> (..., classes).  After DETR (2020).
-
-    Ours: the logit of "no object" is 0.  DETR's successors use sigmoids and the focal loss.  With
-    these, centers learn to predict "no object" long before they learn to discriminate classes.
-    """
-    return F.pad(logits.float(), (0, 1)).softmax(-1)[..., :-1]
-
-
 def mlp(dim, out):
-    """D -> D -> D -> out, without norm and residual."""
-    return nn.Sequential(
-        nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out)
-    )
-
-
-class BoxHead(nn.Module):
-    """The box of a center: its anchor (the previous box), moved, stretched and clipped to the image.
-
-    Each layer refines the previous box, as in Deformable DETR (2021).  Ours: it does so in units of
-    the anchor's sides.  The features of a center come from quadrants of its anchor.  So the same
-    features ask for the same correction, wherever the object is and however large it is.
-    """
-
-    def __init__(self, dim):
-        super().__init__()
-        self.delta = mlp(dim, 4)
-        nn.init.zeros_(self.delta[-1].weight)  # at first, a box is its anchor
-        nn.init.zeros_(self.delta[-1].bias)
-
-    def forward(self, centers, anchors):
-        """centers: (B, K, D).  anchors: (B, K, 4), cxcywh as fractions.  Returns boxes (B, K, 4)."""
-        move, stretch = self.delta(centers).float().chunk(2, -1)
-        middle, sides = anchors[..., :2], anchors[..., 2:].clamp(min=0.01)
-        # The limit, e^4 = 55, still takes a box of 2 % of the image to all of it.
-        box = torch.cat([middle + sides * move, sides * stretch.clamp(max=4).exp()], -1)
-        low, high = cxcywh_to_xyxy(box).clamp(0, 1).chunk(2, -1)
-        return torch.cat([(low + high) / 2, high - low], -1)
-
-
-class MaskHead(nn.Module):
-    """A center's mask: pixels whose embedding E matches the center, and that are near its box.
-
-        mask logits = MLP(C) . E - 2 falloff(C) min(distance, 8)
-
-    distance is box_distance.  The dot product is Mask2Former's (2022).  Ours: the distance from the
-    box.  A center predicts falloff > 0, how much the distance counts: much for one object among
-    similar ones, little for the sky.
-    Ours: in training, pixels also predict their own classes.  A mask teaches the pixels little until
-    its center has found an object and its class; this loss teaches them from the first step.
-    """
-
-    def __init__(self, dim, num_classes):
-        super().__init__()
-        self.pixel_classifier = nn.Linear(dim, num_classes)
-        self.mlp = prenorm_mlp(dim, TOKEN_RATIO)
-        self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
-        self.center = mlp(dim, dim)
-        self.falloff = nn.Linear(dim, 1)  # its log
-        nn.init.zeros_(self.falloff.weight)
-        nn.init.constant_(self.falloff.bias, math.log(0.25))  # -1 in a corner of the box
-
-    def embed_pixels(self, x):
-        """Embeddings E from the finest map of the neck, (B, H, W, D); all layers share them."""
-        return self.pixel(x + self.mlp(x))
-
-    def forward(self, centers, boxes, embeddings):
-        """centers: (B, K, D).  boxes: (B, K, 4).  embeddings: (B, H, W, D).  Returns (B, K, H, W)."""
-        falloff = self.falloff(centers).float().exp()[..., None]  # (B, K, 1, 1)
-        # Far away, distance does not matter.
-        distance = box_distance(boxes, *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
-        masks = torch.einsum("bkd,bhwd->bkhw", self.center(centers), embeddings)
-        return masks - (2 * falloff * distance).to(masks.dtype)
-
-
-MASK_SAMPLES = 12  # per side: fine enough for a silhouette, and 144 inputs of the classifier
+    """D -> D -> D -> out, without norm and residual, as in DETR's heads."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
 
 
 def mask_samples(masks, boxes):
-    """Sample masks on a regular grid over their boxes, as RoIAlign (2017) samples features.  Ours.
+    """Masks at 12 x 12 points over their boxes: silhouettes, at the same scale for small and large objects.
 
     masks: logits (B, K, H, W).  boxes: (B, K, 4) cxcywh as fractions of the image.
-    Returns (B, K, 144), row by row: 0.5 inside, -0.5 outside, 0 beyond the image.
+    Returns (B, K, 144), row by row: 0.5 inside, -0.5 outside.
     """
-    pools = []
-    for axis, length in enumerate((masks.shape[3], masks.shape[2])):
-        middle, side = boxes[..., axis, None].float(), boxes[..., axis + 2, None].float()  # (B, K, 1)
-        # 1.2 sides: a silhouette needs its border, and a box may be slightly too small.
-        samples = middle + side * torch.linspace(-0.6, 0.6, MASK_SAMPLES, device=boxes.device)
-        # Half the width of a sample: what lies between two of them, and at least a pixel of the mask.
-        reach = (side * 1.2 / (MASK_SAMPLES - 1)).clamp(min=1 / length)
-        distance = (token_positions(length, boxes.device) - samples[..., None]).abs() / reach[..., None]
-        pool = (1 - distance).clamp(min=0)  # (B, K, 12, W), then H: linear weights
-        pools.append(pool / pool.sum(-1, keepdim=True).clamp(min=1))
-    columns, rows = pools
-    inside = masks.to(rows.dtype).sigmoid() - 0.5
-    return (rows @ inside @ columns.mT).flatten(2)
+    line = torch.linspace(-0.6, 0.6, MASK_SAMPLES, device=boxes.device)  # in sides: a silhouette needs its border
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    points = boxes[..., None, :2] + boxes[..., None, 2:] * torch.stack([x, y], -1).flatten(0, 1)  # (B, K, 144, 2)
+    samples = sample_points(masks.flatten(0, 1).float(), points.flatten(0, 1).float())
+    return samples.sigmoid().unflatten(0, masks.shape[:2]) - 0.5
 
 
 class Decoder(nn.Module):
-    """100 centers, six layers (Paper, recalled; nano has three).  A layer refines the previous boxes.
+    """100 centers, six layers (nano has three).  A layer refines the previous boxes.
 
         map at stride 8 --> InitialCenters --> C (B, 100, D), boxes: the cells of the 10 x 10 grid
                                                  |
                      +-------------------------->|
                      |                           v
-                     |     predict: box (from the previous box), mask (from that box),
-                     |              class (from the center and samples of that mask)
+                     |     predict: class, mask, and box (from the previous box)
                      |                           |
-                     |              box and mask | become priors, without gradient
+                     |                       box | becomes a prior, without gradient
                      |                           v
                      C <------------------ DecoderLayer <-- map at stride 32, 16, 8, 32, 16, 8
 
-    All predictions are trained (deep supervision, DETR), including the one before the first layer
-    (Mask2Former).  The order of maps is Mask2Former's.  Tasks that return no boxes predict them,
-    too: priors need them.  Ours: the class also depends on mask samples, since averaging tokens loses
-    the silhouette of an object, and the mask keeps it.
+    All predictions are trained, including the one before the first layer.  A mask is the dot product of its
+    center with an embedding of each pixel.  Tasks that return no boxes predict them, too, for the prior.
     """
 
     def __init__(self, dim, levels, num_classes, iterations, with_masks):
         super().__init__()
-        self.levels = levels
+        self.levels, self.with_masks = levels, with_masks
         self.token_norm = LayerNorm(dim)
         # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
         # and a small map may still hold many objects.
         self.initial = InitialCenters(dim, OBJECT_GRID, min_cell=1)
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = LayerNorm(dim)
-        self.classifier = nn.Linear(dim, num_classes)
-        # At first "no object" has a probability of 0.9, and the classes share the rest.
-        nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))
-        self.box_head = BoxHead(dim)
-        self.mask_head = self.mask_classifier = None
+        self.classifier = nn.Linear(dim, num_classes + 1)  # the last class is "no object"
+        nn.init.constant_(self.classifier.bias[-1:], math.log(9 * num_classes))  # at first about 0.9
+        self.box = mlp(dim, 4)
+        nn.init.zeros_(self.box[-1].weight)  # at first, a box is the previous one
+        nn.init.zeros_(self.box[-1].bias)
         if with_masks:
-            self.mask_head = MaskHead(dim, num_classes)
-            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes)
-            self.mask_classifier = nn.Sequential(first, nn.GELU(), last)
+            self.pixel_mlp = prenorm_mlp(dim, TOKEN_RATIO)
+            self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
+            self.mask = mlp(dim, dim)
+            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes + 1)
+            self.silhouette = nn.Sequential(first, nn.GELU(), last)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def predict_centers(self, centers, anchors, embeddings):
-        """What centers (B, K, D) with anchors (B, K, 4) predict: "boxes", "masks" and "logits".
+    def predict_centers(self, centers, boxes, embeddings):
+        """What centers (B, K, D) with previous boxes (B, K, 4) predict: "logits", "boxes" and "masks".
 
-        embeddings: of the pixels, (B, H, W, D).
+        embeddings: of the pixels, (B, H, W, D), or None.
         """
         x = self.norm(centers)
-        output = dict(boxes=self.box_head(x, anchors))
-        if self.mask_head:
-            boxes = output["boxes"].detach()
-            output["masks"] = self.mask_head(x, boxes, embeddings)
-            samples = mask_samples(output["masks"].detach(), boxes)
-        output["logits"] = in_full_precision(self.classifier, x)
-        if self.mask_head:
-            output["logits"] = output["logits"] + in_full_precision(self.mask_classifier, samples)
+        move, stretch = self.box(x).float().chunk(2, -1)  # in units of the sides
+        middles, sides = boxes[..., :2], boxes[..., 2:].clamp(min=0.01)
+        boxes = torch.cat([middles + sides * move, sides * stretch.clamp(max=4).exp()], -1)
+        low, high = cxcywh_to_xyxy(boxes).clamp(0, 1).chunk(2, -1)
+        boxes = torch.cat([(low + high) / 2, high - low], -1)
+        output = dict(logits=in_full_precision(self.classifier, x), boxes=boxes)
+        if self.with_masks:
+            masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
+            silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
+            output |= dict(masks=masks, logits=output["logits"] + silhouettes)
         return output
 
     def forward(self, maps):
@@ -879,52 +723,36 @@ class Decoder(nn.Module):
 
         Returns a list of predictions: before the first layer, and after each.
         """
-        embeddings = self.mask_head.embed_pixels(maps[0]) if self.mask_head else None
+        embeddings = self.pixel(maps[0] + self.pixel_mlp(maps[0])) if self.with_masks else None
         tokens = [self.token_norm(x) for x in maps[-3:]]
         centers = self.initial(tokens[0])  # (B, K, D)
         boxes = cell_boxes(*tokens[0].shape[1:3], centers.device).expand(centers.shape[0], -1, -1)
         outputs = [self.predict_centers(centers, boxes, embeddings)]
         for level, layer in zip(self.levels, self.layers):
             boxes = outputs[-1]["boxes"].detach()  # no gradient from the next layer's losses
-            masks = None
-            if self.mask_head and len(outputs) > 1:  # not in the first layer: its centers saw one cell
-                masks = mask_prior(outputs[-1]["masks"].detach(), 2**level)
-            centers = layer(centers, boxes, tokens[level - 1], masks)
+            centers = layer(centers, boxes, tokens[level - 1])
             outputs.append(self.predict_centers(centers, boxes, embeddings))
-        if self.training and self.mask_head:
-            outputs[-1]["pixels"] = self.mask_head.pixel_classifier(embeddings).permute(0, 3, 1, 2)
         return outputs
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Matching and losses of the dense tasks.  All are sums over targets: see ClusterFormer.loss
+# 9. Matching and losses of the dense tasks: for boxes those of DETR, for masks those of Mask2Former
 # --------------------------------------------------------------------------------------------------
-MATCHES_PER_TARGET = 6, 4, 2  # for the first three predictions; one for the others, and for the last
-# l1 and giou are DETR's; label, mask and dice are Mask2Former's; pixel is ours.
-LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)
-NO_OBJECT_WEIGHT = 0.1  # of centers without a target (DETR): they far outnumber the others
-NUM_POINTS = 12_544  # at which a mask is compared (Mask2Former); a 1024 x 1024 image has 65,536
-
-
-def num_points(masks):
-    """Number of points at which masks (..., h, w) at stride 4 are compared.
-
-    It is NUM_POINTS for images of at least 512 x 512 pixels.  Small masks have so many pixels or fewer: a
-    quarter of them is compared.
-    """
-    pixels = masks.shape[-2] * masks.shape[-1]
-    return NUM_POINTS if pixels >= 128 * 128 else pixels // 4
+LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0)
+NO_OBJECT_WEIGHT = 0.1  # of centers without a target: they far outnumber the others
+MATCHES = 6, 4, 2  # of a target with centers, in the first three predictions; one in the others
+NUM_POINTS = 12_544  # at which a mask is compared, at most; a quarter of a small mask's pixels
 
 
 def hungarian(cost):
-    """The cheapest way to give each row a column of its own (Jonker and Volgenant, 1987).
+    """The cheapest pairs of rows and columns (Jonker and Volgenant, 1987).
 
-    cost: float64 NumPy (n, m), n <= m.  Returns the column of each row, int64 (n,).  For finite costs it is
-    scipy.optimize.linear_sum_assignment(cost)[1], without SciPy.
+    It is scipy.optimize.linear_sum_assignment without SciPy, in NumPy.
+    cost: float64 (n, m), finite.  Returns rows and columns of min(n, m) pairs, int64.
     """
     n, m = cost.shape
-    if not np.isfinite(cost).all():
-        return np.arange(n)  # any columns will do: the loss will not be finite either
+    if n > m:
+        return hungarian(cost.T)[::-1]
     row_price, column_price = np.zeros(n), np.zeros(m)
     owner = np.full(m, -1)  # the row that has each column
     for row in range(n):
@@ -946,305 +774,167 @@ def hungarian(cost):
             previous = before[column]
             owner[column] = row if previous < 0 else owner[previous]
             column = previous
-    columns = np.full(n, -1)
-    columns[owner[owner >= 0]] = np.flatnonzero(owner >= 0)
-    return columns
+    columns = np.flatnonzero(owner >= 0)
+    return owner[columns], columns
 
 
 def sample_points(maps, points):
-    """Bilinear samples of maps (n, h, w) at points (n or 1, P, 2), x and y as fractions of the image.
-
-    Returns (n, P).
-    """
-    if not len(maps):
-        return maps.new_zeros(0, points.shape[1])
-    grid = 2 * points[:, None] - 1  # (n or 1, 1, P, 2), from -1 to 1
-    sample = lambda x: F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    # If all maps are sampled at the same points, they are the channels of one.
-    return sample(maps[None])[0, :, 0] if len(points) == 1 else sample(maps[:, None])[:, 0, 0]
+    """Bilinear samples of maps (n, h, w) at points (n, P, 2), x and y as fractions of the image: (n, P)."""
+    grid = 2 * points[:, None] - 1  # (n, 1, P, 2), from -1 to 1
+    return F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0, 0]
 
 
-def uncertain_points(logits, count):
-    """Random points (n, count, 2), three of four where a mask is least certain (PointRend, 2020).
+def uncertain_points(logits):
+    """Random points (n, P, 2), three of four where a mask (n, h, w) is least certain (PointRend, 2020).
 
     A mask is uncertain at its border.  The border decides its quality, but has few of the pixels.
     """
+    count = min(NUM_POINTS, logits.shape[1] * logits.shape[2] // 4)
     points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
     uncertainty = -sample_points(logits, points).abs()  # (n, 3 count)
-    most = uncertainty.topk(3 * count // 4, dim=1).indices[..., None].expand(-1, -1, 2)
+    most = uncertainty.topk(3 * count // 4, dim=1).indices[..., None]
     rest = torch.rand(len(logits), count - most.shape[1], 2, device=logits.device)
-    return torch.cat([points.gather(1, most), rest], 1)
+    return torch.cat([points.take_along_dim(most, 1), rest], 1)
 
 
 @torch.no_grad()
-def matching_cost(output, target, box_classes=None):
-    """What each pair of a target and a center would cost in the losses below (DETR, Mask2Former).
+def matching_cost(output, target):
+    """What each pair of a target and a center would cost in the losses below: (targets, centers) float32.
 
-    output: predictions for one image, (n centers, ...).  target, box_classes: as in set_losses.
-    Returns (targets, centers) float32.
+    output: predictions for one image, (n centers, ...).  target: as in set_losses.
     """
     labels, boxes, truth = target["labels"], output["boxes"].float(), target["boxes"]
-    cost = -LOSS_WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
     _, giou = iou_and_giou(cxcywh_to_xyxy(truth)[:, None], cxcywh_to_xyxy(boxes))
-    l1 = torch.cdist(truth, boxes, p=1)
-    box_cost = LOSS_WEIGHTS["l1"] * l1 - LOSS_WEIGHTS["giou"] * giou
-    cost += box_cost if box_classes is None else box_cost * box_classes[labels, None]
+    cost = LOSS_WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1) - LOSS_WEIGHTS["giou"] * giou
+    cost -= LOSS_WEIGHTS["label"] * output["logits"].float().softmax(-1)[:, labels].T
     if "masks" in output:
         masks, truth = output["masks"].float(), target["masks"].float()
-        points = torch.rand(1, num_points(masks), 2, device=masks.device)
-        logits = sample_points(masks, points)  # (centers, P)
-        truth = sample_points(truth, points)  # (targets, P)
+        points = torch.rand(1, min(NUM_POINTS, masks[0].numel() // 4), 2, device=masks.device)  # the same for all masks
+        logits = sample_points(masks, points.expand(len(masks), -1, -1))  # (centers, P)
+        truth = sample_points(truth, points.expand(len(truth), -1, -1))  # (targets, P)
         # Cross-entropy is softplus(x) - x y: one matrix product for all pairs.
         entropy = (F.softplus(logits).sum(1) - truth @ logits.T) / logits.shape[1]
         probability = logits.sigmoid()
         shared, total = truth @ probability.T, truth.sum(1)[:, None] + probability.sum(1)
-        dice = 1 - (2 * shared + 1) / (total + 1)
-        cost += LOSS_WEIGHTS["mask"] * entropy + LOSS_WEIGHTS["dice"] * dice
+        cost += LOSS_WEIGHTS["mask"] * entropy + LOSS_WEIGHTS["dice"] * (1 - (2 * shared + 1) / (total + 1))
     return cost
 
 
-def matches_per_target(num_layers, centers, targets):
-    """Matches per target in each layer of an image: one, or more for at most half of the centers."""
-    most = max(1, centers // (2 * max(1, targets)))
-    wanted = [*MATCHES_PER_TARGET, *[1] * num_layers][: num_layers - 1]
-    return [min(times, most) for times in wanted] + [1]
+def match(outputs, targets):
+    """Match each target with centers in each layer, at the least cost per image and layer.
 
-
-def match(outputs, targets, box_classes=None):
-    """Match each target with several centers in the first layers, and with one in the others.
-
-    One-to-one matching teaches centers to leave an object to one of them (DETR).  One-to-many
-    matching gives more gradient, and H-DETR (2023) adds queries for it.  Ours: the first layers use
-    one-to-many matching for all centers, because their predictions are not the final ones.
-    If an image has more targets than centers, the smallest targets have no match.
-    outputs: (B, L, K, ...), the predictions of L layers.  Returns a list with one tuple per image:
-    layer, center and target of its m matches, (m,) int64 each, and the weight of each match, (m,)
-    float32, which is one over the number of matches of its target in that layer.
+    One match per target teaches centers to leave an object to one of them (DETR).  Several give more gradient
+    (H-DETR, 2023, has queries for them); here, the first layers have them, since later ones can still decide.
+    If an image has more targets than centers, each center has a match instead.
+    outputs: (B, L, K, ...), the predictions of L layers.  targets: as in set_losses.
+    Returns image, layer, center and target of the m matches, and the number of matches that the target has
+    in this layer, int64 (m,) each.  Targets are counted through the batch.
     """
     L, K = outputs["logits"].shape[1:3]
-    images = [dict(zip(outputs, image)) for image in zip(*outputs.values())]
-    costs = []
-    for image, target in zip(images, targets):
-        image = {key: value.flatten(0, 1) for key, value in image.items()}  # (L K, ...)
-        costs.append(matching_cost(image, target, box_classes))
-    # One copy to the CPU: each copy would wait for the GPU.
-    costs = torch.cat(costs).cpu().double().split([len(cost) for cost in costs])
-    tables = []
-    for cost, target in zip(costs, targets):
-        cost = cost.unflatten(1, (L, K)).numpy()  # (n, L, K)
-        kept = np.arange(len(cost))
-        if len(cost) > K:
-            box = target["boxes"][:, 2:].prod(1)
-            area = target["masks"].flatten(1).sum(1) if "masks" in target else box
-            kept = np.sort(area.argsort(descending=True)[:K].cpu().numpy())
-        rows = [np.zeros((0, 4))]
-        for layer, times in enumerate(matches_per_target(L, K, len(kept))):
-            chosen = hungarian(np.tile(cost[kept, layer], (times, 1)))
-            layers, weights = np.full(len(chosen), layer), np.full(len(chosen), 1 / times)
-            rows.append(np.stack([layers, chosen, np.tile(kept, times), weights], 1))
-        tables.append(torch.from_numpy(np.concatenate(rows)).float())
-    table, device = torch.cat(tables), outputs["logits"].device
-    if device.type == "cuda":  # through pinned memory; otherwise the CPU would wait for the GPU
-        table = table.pin_memory()
-    table = table.to(device, non_blocking=True)
-    parts = table.split([len(part) for part in tables])
-    return [(*part[:, :3].long().unbind(1), part[:, 3]) for part in parts]
+    flat = {key: value.flatten(1, 2) for key, value in outputs.items()}  # (B, L K, ...)
+    costs = [matching_cost({key: flat[key][i] for key in flat}, one) for i, one in enumerate(targets)]
+    # One copy to the CPU: each copy would wait for the GPU.  If a cost is not finite, no match will help.
+    costs = torch.cat(costs).nan_to_num(0.0, 0.0, 0.0).cpu().double().numpy().reshape(-1, L, K)
+    matches, first = [], 0
+    for i, target in enumerate(targets):
+        last = first + len(target["labels"])
+        most = K // (2 * max(1, last - first))  # half of the centers should still learn "no object"
+        for layer, times in zip(range(L), [*MATCHES, *[1] * L]):
+            times = max(1, min(times, most)) if layer < L - 1 else 1
+            rows, centers = hungarian(np.tile(costs[first:last, layer], (times, 1)))
+            found = i, layer, centers, first + rows % max(1, last - first), times
+            matches.append(np.stack(np.broadcast_arrays(*found)))
+        first = last
+    table = torch.from_numpy(np.concatenate(matches, 1))
+    return table.to(outputs["logits"].device, non_blocking=True).unbind()
 
 
-def mask_losses(masks, targets, matches):
-    """Cross-entropy and dice loss of matched masks at sampled points (Mask2Former), two sums.
+def mask_losses(logits, masks, target, weight):
+    """Cross-entropy and dice loss of matched masks at sampled points, two weighted sums over matches.
 
-    masks: logits (B, L, K, h, w).  matches: from match().
+    logits: (m, h, w).  masks: of all targets, bool (n, H, W).  target: the target of each match, (m,).
     """
-    entropy = dice = 0.0 * masks.sum()  # DDP needs all gradients, even without targets
-    # Iterating over `masks` gives it one gradient; masks[i] would give a full-size one per image.
-    for image, predicted, (layer, center, target, weight) in zip(targets, masks, matches):
-        logits, truth = predicted[layer, center].float(), image["masks"]  # (m, h, w), (n, H, W)
-        points = uncertain_points(logits.detach(), num_points(logits))
-        x, y = ((points[..., axis] * truth.shape[2 - axis]).long() for axis in (0, 1))  # (m, P)
-        logits, truth = sample_points(logits, points), truth[target[:, None], y, x].float()
-        each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")  # (m, P)
-        entropy = entropy + each.mean(1) @ weight
-        probability = logits.sigmoid()
-        shared = 2 * (probability * truth).sum(1) + 1  # + 1: a small mask may contain no point
-        dice = dice + (1 - shared / (probability.sum(1) + truth.sum(1) + 1)) @ weight
-    return entropy, dice
+    points = uncertain_points(logits.detach())  # (m, P, 2)
+    # The nearest pixel of the truth: bilinear samples would need a float copy of it for each match.
+    x, y = (points[..., 0] * masks.shape[2]).long(), (points[..., 1] * masks.shape[1]).long()
+    logits, truth = sample_points(logits, points), masks[target[:, None], y, x].float()  # (m, P)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
+    probability = logits.sigmoid()
+    shared, total = (probability * truth).sum(1), probability.sum(1) + truth.sum(1)
+    dice = 1 - (2 * shared + 1) / (total + 1)  # + 1: a small mask may contain no point
+    return entropy @ weight, dice @ weight
 
 
-def pixel_loss(pixels, targets, stride):
-    """Cross-entropy of the pixels' classes, a mean over each target's pixels.  Ours.
-
-    The mean makes small targets count as much as large ones.  Unlabeled pixels have no loss.
-    pixels: logits (B, classes, h, w).
-    """
-    costs = -pixels.float().log_softmax(1)
-    loss = 0.0 * costs.sum()
-    for image, cost in zip(targets, costs):
-        # One channel: pooling (n, h, w) would refuse n = 0.
-        weights = F.avg_pool2d(image["masks"][:, None].float(), stride)[:, 0]  # (n, h, w)
-        weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-6)  # (n, h, w)
-        loss = loss + (cost[image["labels"]] * weights).sum()
-    return loss
-
-
-def set_losses(output, targets, stride, box_classes=None):
+def set_losses(output, targets, stride):
     """All losses of a dense task, summed over layers and targets, and weighted.
 
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
-    box_classes: bool (classes,), the classes that are matched and trained by boxes; None: all.
-    Returns a dictionary of scalars: label, l1, giou; mask and dice
-    if there are masks, and then in training also pixel.
+    Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks.
     Raises ValueError for masks of another size than the images, which would be compared shifted.
     """
     if "masks" in output:
         size = tuple(stride * side for side in output["masks"].shape[2:])
         for target in targets:
-            if target["masks"].shape[1:] != size:
-                got = tuple(target["masks"].shape)
+            if (got := tuple(target["masks"].shape))[1:] != size:
                 raise ValueError(f"masks must be (n, {size[0]}, {size[1]}), as the images, got {got}")
     layers = [*output["aux"], output]
-    keys = [key for key in ("logits", "boxes", "masks") if key in output]
-    outputs = {key: torch.stack([layer[key] for layer in layers], 1) for key in keys}  # (B, L, K, ..)
-    matches = match(outputs, targets, box_classes)
-    layer, center, _, weight = map(torch.cat, zip(*matches))
-    chosen = [index for _, _, index, _ in matches]
-    image = torch.cat([torch.full_like(index, i) for i, index in enumerate(chosen)])
-    labels = torch.cat([target["labels"][index] for target, index in zip(targets, chosen)])
-    logits = F.pad(outputs["logits"].float(), (0, 1))  # "no object" is the last class, logit 0
+    outputs = {key: torch.stack([one[key] for one in layers], 1) for key in output if key != "aux"}  # (B, L, K, ..)
+    image, layer, center, target, times = match(outputs, targets)
+    weight = 1 / times
+    labels, wanted = (torch.cat([one[key] for one in targets])[target] for key in ("labels", "boxes"))
+    logits = outputs["logits"].float()
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
     weights = torch.full(logits.shape[:3], NO_OBJECT_WEIGHT, device=logits.device)
     classes[image, layer, center], weights[image, layer, center] = labels, weight
-    entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none")
-    losses = dict(label=entropy @ weights.flatten())
+    entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none") @ weights.flatten()
     boxes = outputs["boxes"][image, layer, center].float()
-    truth = torch.cat([target["boxes"][index] for target, index in zip(targets, chosen)])
-    _, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-    box_weight = weight if box_classes is None else weight * box_classes[labels]
-    losses["l1"] = (boxes - truth).abs().sum(1) @ box_weight
-    losses["giou"] = (1 - giou) @ box_weight
+    _, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+    losses = dict(label=entropy, l1=(boxes - wanted).abs().sum(1) @ weight, giou=(1 - giou) @ weight)
     if "masks" in outputs:
-        losses["mask"], losses["dice"] = mask_losses(outputs["masks"], targets, matches)
-    if "pixels" in output:
-        losses["pixel"] = pixel_loss(output["pixels"], targets, stride)
+        masks, truth = outputs["masks"][image, layer, center].float(), torch.cat([one["masks"] for one in targets])
+        losses["mask"], losses["dice"] = mask_losses(masks, truth, target, weight)
     return {name: LOSS_WEIGHTS[name] * value for name, value in losses.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Final predictions of the dense tasks
+# 10. The heads of the dense tasks, and their final predictions
 # --------------------------------------------------------------------------------------------------
 def mask_bands(masks, stride, image_size, size, rows=16):
-    """Mask probabilities in the final size, a band of rows after the other.
+    """Mask probabilities in the final size, a band of rows after the other: bilinear samples of the logits.
 
     In one piece, 100 masks of a photograph of 12 megapixels would take 4.8 GB.
     masks: logits (K, h, w) at a stride of the padded image.  image_size: (H, W) of the image without
     its padding.  size: the final (H, W).
     Yields slices of rows, and probabilities (K, rows of the slice, W) float32.
     """
-
-    def stretch(x, axis):
-        """Bilinear resizing along the last axis of (a, b, n): to pixels of the image, then of the result."""
-        x = F.interpolate(x, scale_factor=stride, mode="linear")[..., : image_size[axis]]
-        return x if size[axis] == image_size[axis] else F.interpolate(x, size[axis], mode="linear")
-
-    masks = masks.float()
-    # Down the columns, resizing is a product: weights (h, H) say how much each row of a mask is in each
-    # final row.  A band needs a few rows of the masks.
-    weights = stretch(torch.eye(masks.shape[1], device="cpu")[None], 0)[0]
+    maps, lengths = masks.float()[None], zip(size, image_size, masks.shape[1:])
+    # Middles of the final pixels, as fractions of the padded image.
+    y, x = (token_positions(n, masks.device) * side / (stride * cells) for n, side, cells in lengths)
     for start in range(0, size[0], rows):
-        part = weights[:, start : start + rows]
-        near = part.any(1).nonzero()[:, 0].tolist()
-        first, end = near[0], near[-1] + 1
-        part = part[first:end].to(masks)
-        yield slice(start, start + rows), (part.mT @ stretch(masks[:, first:end], 1)).sigmoid()
+        points = torch.stack(torch.meshgrid(x, y[start : start + rows], indexing="xy"), -1)  # (rows, W, 2)
+        band = F.grid_sample(maps, 2 * points[None].to(maps) - 1, padding_mode="border", align_corners=False)[0]
+        yield slice(start, start + rows), band.sigmoid()
 
 
-def top_detections(probability, boxes, threshold=0.6):
-    """The best (center, class) pairs, at most 100, without duplicates.
+def top_detections(probability, boxes):
+    """The best (center, class) pairs, at most 100 (Deformable DETR, 2021), without duplicates.
 
-    A duplicate has an IoU above the threshold with a better pair of its class, even with one that
-    is itself a duplicate.  Ours: a fully trained model rarely predicts duplicates; after a
-    short training they are common.
-    probability: (K, classes). boxes: (K, 4) cxcywh.  Returns scores, labels and centers, (n,) each.
+    A duplicate has an IoU above 0.6 with a better pair of its class, even with one that is itself a
+    duplicate (Fast NMS of YOLACT, 2019).
+    probability: (K, classes).  boxes: (K, 4) xyxy.  Returns scores, labels and centers, (n,) each.
     """
     scores, pairs = probability.flatten().topk(min(100, probability.numel()))
     centers, labels = pairs // probability.shape[1], pairs % probability.shape[1]
-    overlap = pairwise_iou(boxes[None])[0][centers][:, centers] > threshold  # (n, n)
-    same_class = labels[:, None] == labels
-    keep = ~(overlap & same_class).triu(1).any(0)
+    iou, _ = iou_and_giou(boxes[centers][:, None], boxes[centers])  # (n, n)
+    keep = ~((iou > 0.6) & (labels[:, None] == labels)).triu(1).any(0)
     return scores[keep], labels[keep], centers[keep]
 
 
-def instance_masks(masks, centers, size):
-    """Masks of some centers, and the mean probability inside of each.
-
-    masks: mask_bands.  centers: (n,) int64.  Returns bool (n, H, W) and float32 (n,).
-    """
-    inside = torch.empty(len(centers), *size, dtype=torch.bool, device=centers.device)
-    total = count = torch.zeros(len(centers), device=centers.device)
-    for rows, probability in masks:
-        probability = probability[centers]
-        inside[:, rows] = probability > 0.5
-        total = total + (probability * inside[:, rows]).sum((1, 2))
-        count = count + inside[:, rows].sum((1, 2))
-    return inside, total / count.clamp(min=1)
-
-
-def semantic_map(probability, masks, size):
-    """Class of each pixel: the largest sum over centers of class probability times mask.
-
-    MaskFormer's (2021). probability: (K, classes). masks: mask_bands.  Returns int64 (H, W).
-    """
-    labels = torch.empty(size, dtype=torch.int64, device=probability.device)
-    for rows, mask in masks:
-        labels[rows] = torch.einsum("kc,khw->chw", probability, mask).argmax(0)
-    return labels
-
-
-def panoptic_segments(probability, masks, things, size, threshold=0.25, overlap=0.6):
-    """Segment of each pixel: one per center for things, one per class for stuff.  MaskFormer's.
-
-    Centers below the threshold (Mask DINO's) are ignored.  A pixel goes to the center whose
-    probability times mask is largest, if that mask is above 0.5 there.  A center that wins less
-    than `overlap` of its mask is a duplicate, and gets no segment.
-    probability: (K, classes).  masks: mask_bands.  things: list of bool, True: countable.
-    Returns ids, int64 (H, W), 0 for none, and a list of {"id", "label", "isthing", "score"}.
-    """
-    scores, labels = probability.max(1)
-    confident = scores > threshold
-    scores, labels = scores[confident], labels[confident]
-    ids = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    segments, stuff = [], {}  # stuff: class -> its segment
-    if not len(scores):
-        return ids, segments
-    winner, area = torch.full_like(ids, -1), 0  # -1: the best mask is below 0.5
-    for rows, mask in masks:
-        mask = mask[confident]
-        area = area + (mask > 0.5).sum((1, 2))
-        best = (scores[:, None, None] * mask).argmax(0)  # (rows, W)
-        sure = mask.gather(0, best[None])[0] > 0.5
-        winner[rows] = torch.where(sure, best, -1)
-    won = (winner.flatten() + 1).bincount(minlength=len(scores) + 1)[1:]  # pixels of each center
-    won, area = won.tolist(), area.tolist()
-    for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
-        if won[k] == 0 or won[k] < overlap * area[k]:
-            continue
-        if label in stuff:
-            segment = stuff[label]
-            segment["score"] = max(segment["score"], score)
-        else:
-            segment = dict(id=len(segments) + 1, label=label, isthing=things[label], score=score)
-            segments.append(segment)
-            if not things[label]:
-                stuff[label] = segment
-        ids[winner == k] = segment["id"]
-    return ids, segments
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. The heads of the dense tasks.  Each owns its modules, forward pass, losses and predictions
-# --------------------------------------------------------------------------------------------------
 class DenseHead(nn.Module):
-    """What detection and segmentation share.  A task adds what it predicts for an image."""
+    """What detection and segmentation share.  A task adds final_prediction, for one image:
+
+    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks: mask_bands.  size: the final (H, W).
+    """
 
     with_masks = True
 
@@ -1254,6 +944,7 @@ class DenseHead(nn.Module):
         self.stride, self.coarsest = backbone.strides[0], backbone.strides[-1]  # of masks; of the last map
         self.neck = Neck(backbone.channels[self.finest :], size["dim"])
         self.decoder = Decoder(size["dim"], size["levels"], num_classes, iterations, self.with_masks)
+        self.things = [True] * num_classes if things is None else things
 
     def forward(self, maps):
         """maps: of the backbone, four (B, H, W, C).  Returns predictions."""
@@ -1262,12 +953,7 @@ class DenseHead(nn.Module):
         return output
 
     def loss(self, output, targets):
-        """set_losses: sums over targets."""
         return set_losses(output, targets, self.stride)
-
-    def count(self, targets):
-        """Number of targets, so that each target counts the same, in crowded images and others."""
-        return sum(len(target["labels"]) for target in targets)
 
     def predict(self, output, image_size, sizes):
         """One dictionary per image.
@@ -1276,23 +962,15 @@ class DenseHead(nn.Module):
         (H, W) of each.
         """
         square = -(-max(image_size) // self.coarsest) * self.coarsest
-        height, width = image_size
-        sides = torch.tensor([square / width, square / height] * 2, device=output["boxes"].device)
+        sides = square / torch.tensor(image_size[::-1] * 2, device=output["boxes"].device)  # W, H, W, H
         predictions = []
         for i, size in enumerate(sizes):
-            probability = class_probability(output["logits"][i])  # (K, classes)
-            boxes = output["boxes"][i].float() * sides  # fractions of the image, without padding
-            masks = None
-            if self.with_masks:
-                masks = mask_bands(output["masks"][i], self.stride, image_size, size)
-            predictions.append(self.predict_image(probability, boxes, masks, size))
+            probability = output["logits"][i].float().softmax(-1)[:, :-1]  # (K, classes)
+            boxes = cxcywh_to_xyxy(output["boxes"][i].float() * sides).clamp(0, 1)
+            boxes = boxes * torch.tensor(size[::-1] * 2, device=boxes.device)
+            masks = mask_bands(output["masks"][i], self.stride, image_size, size) if self.with_masks else None
+            predictions.append(self.final_prediction(probability, boxes, masks, size))
         return predictions
-
-
-def pixel_boxes(boxes, size):
-    """(n, 4) cxcywh as fractions of an image of size (H, W) -> xyxy in its pixels."""
-    pixels = torch.tensor([size[1], size[0]] * 2, device=boxes.device)
-    return cxcywh_to_xyxy(boxes).clamp(0, 1) * pixels
 
 
 class DetectionHead(DenseHead):
@@ -1300,63 +978,77 @@ class DetectionHead(DenseHead):
 
     with_masks = False
 
-    def predict_image(self, probability, boxes, masks, size):
+    def final_prediction(self, probability, boxes, masks, size):
         scores, labels, centers = top_detections(probability, boxes)
-        return {"scores": scores, "labels": labels, "boxes": pixel_boxes(boxes[centers], size)}
+        return {"scores": scores, "labels": labels, "boxes": boxes[centers]}
 
 
 class InstanceHead(DenseHead):
     """inst: boxes and masks.  A score is class probability times mean mask probability (Mask2Former)."""
 
-    def predict_image(self, probability, boxes, masks, size):
+    def final_prediction(self, probability, boxes, masks, size):
         scores, labels, centers = top_detections(probability, boxes)
-        masks, quality = instance_masks(masks, centers, size)
-        scores = scores * quality
+        inside = torch.empty(len(centers), *size, dtype=torch.bool, device=centers.device)
+        total = count = 0
+        for rows, mask in masks:
+            mask = mask[centers]
+            inside[:, rows] = mask > 0.5
+            total = total + (mask * inside[:, rows]).sum((1, 2))
+            count = count + inside[:, rows].sum((1, 2))
+        scores = scores * total / count.clamp(min=1)
         order = scores.argsort(descending=True)
-        for rows in masks.split(64, dim=1):  # in place: all masks of a large photograph take a gigabyte
-            rows.copy_(rows[order])
-        boxes = pixel_boxes(boxes[centers[order]], size)
-        return {"scores": scores[order], "labels": labels[order], "boxes": boxes, "masks": masks}
+        for part in inside.split(64, dim=1):  # in place: all masks of a large photograph take a gigabyte
+            part.copy_(part[order])
+        boxes = boxes[centers[order]]
+        return {"scores": scores[order], "labels": labels[order], "boxes": boxes, "masks": inside}
 
 
 class SemanticHead(DenseHead):
-    """sem: the class of each pixel."""
+    """sem: the class of each pixel, by the largest sum of class probability times mask (MaskFormer, 2021)."""
 
-    def predict_image(self, probability, boxes, masks, size):
-        return {"semantic": semantic_map(probability, masks, size)}
+    def final_prediction(self, probability, boxes, masks, size):
+        labels = torch.empty(size, dtype=torch.int64, device=probability.device)
+        for rows, mask in masks:
+            labels[rows] = torch.einsum("kc,khw->chw", probability, mask).argmax(0)
+        return {"semantic": labels}
 
 
 class PanopticHead(DenseHead):
-    """pan: the segment of each pixel.
+    """pan: the segment of each pixel, one per center for things, one per class for stuff (MaskFormer).
 
-    Stuff is neither matched nor trained by boxes (Mask DINO, 2022): the box around all the grass in
-    a photograph says little.  (sem trains the boxes of all its classes.)
+    A pixel goes to the center whose class probability times mask is largest, if that mask is above 0.5
+    there.  A center that wins less than 0.6 of its mask is a duplicate, and gets no segment.
     """
 
-    def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
-        super().__init__(backbone, size, num_classes, iterations, label_smoothing, things)
-        things = torch.tensor([True] * num_classes if things is None else things)
-        self.register_buffer("things", things, persistent=False)
-
-    def loss(self, output, targets):
-        """set_losses: sums over targets."""
-        return set_losses(output, targets, self.stride, box_classes=self.things)
-
-    def predict_image(self, probability, boxes, masks, size):
-        ids, segments = panoptic_segments(probability, masks, self.things.tolist(), size)
+    def final_prediction(self, probability, boxes, masks, size):
+        scores, labels = probability.max(1)
+        confident = scores > 0.25  # Mask DINO's
+        scores, labels = scores[confident], labels[confident]
+        winner = torch.full(size, -1, device=scores.device)  # center of each pixel; -1: none
+        area = torch.zeros_like(labels)
+        for rows, mask in masks if len(scores) else ():
+            mask = mask[confident]
+            area = area + (mask > 0.5).sum((1, 2))
+            best = (scores[:, None, None] * mask).argmax(0)  # (rows, W)
+            winner[rows] = torch.where(mask.gather(0, best[None])[0] > 0.5, best, -1)
+        ids, segments = torch.zeros_like(winner), []
+        for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
+            won = winner == k
+            if won.sum() < max(1, 0.6 * area[k]):
+                continue
+            segment = next((one for one in segments if one["label"] == label and not one["isthing"]), None)
+            if segment is None:
+                segment = dict(id=len(segments) + 1, label=label, isthing=self.things[label], score=score)
+                segments.append(segment)
+            segment["score"] = max(segment["score"], score)
+            ids[won] = segment["id"]
         return {"panoptic": ids, "segments": segments}
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The model, and its trace
+# 11. The model, and its trace
 # --------------------------------------------------------------------------------------------------
-TASKS = {  # a new task is one class, with the methods and the constructor of these, and one entry
-    "cls": ClassificationHead,
-    "det": DetectionHead,
-    "inst": InstanceHead,
-    "sem": SemanticHead,
-    "pan": PanopticHead,
-}
+TASKS = dict(cls=ClassificationHead, det=DetectionHead, inst=InstanceHead, sem=SemanticHead, pan=PanopticHead)
 
 
 class ClusterFormer(nn.Module):
@@ -1387,9 +1079,8 @@ class ClusterFormer(nn.Module):
         things = None if things is None else [bool(thing) for thing in things]
         self.task, self.num_classes = task, num_classes
         # All that a checkpoint needs to build this model again.
-        self.arguments = dict(task=task, variant=variant, num_classes=num_classes, patch_size=patch_size)
-        self.arguments |= dict(iterations=iterations, drop_path=drop_path)
-        self.arguments |= dict(label_smoothing=label_smoothing, things=things)
+        self.arguments = dict(task=task, variant=variant, num_classes=num_classes, patch_size=patch_size, things=things)
+        self.arguments |= dict(iterations=iterations, drop_path=drop_path, label_smoothing=label_smoothing)
         size = VARIANTS[variant]
         self.backbone = Backbone(size["depths"], size["channels"], patch_size, iterations, drop_path)
         self.head = TASKS[task](self.backbone, size, num_classes, iterations, label_smoothing, things)
@@ -1398,12 +1089,11 @@ class ClusterFormer(nn.Module):
         """images: float RGB in [0, 1], (B, 3, H, W); H, W multiples of 32 (of 16 with patch_size 2).
 
         Returns for cls {"logits": (B, classes)}, and for the dense tasks
-            "logits"  (B, K, classes)  see class_probability.  K = 100 centers, or fewer if the map at
-                                       stride 8 has fewer than 10 x 10 tokens
-            "boxes"   (B, K, 4)        cxcywh as fractions of the image
-            "masks"   (B, K, H/4, W/4) inst, sem, pan: logits (H/2, W/2 with patch_size 2)
+            "logits"  (B, K, classes + 1)  the last class is "no object".  K = 100 centers, or fewer if
+                                           the map at stride 8 has fewer than 10 x 10 tokens
+            "boxes"   (B, K, 4)            cxcywh as fractions of the image
+            "masks"   (B, K, H/4, W/4)     inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for the earlier layers, first to last
-            "pixels"  (B, classes, H/4, W/4), with masks, in training: logits of the pixels' classes
         Raises ValueError for a wrong shape or dtype.  It does not check values: that would wait for
         the GPU in every step.
         """
@@ -1428,7 +1118,7 @@ class ClusterFormer(nn.Module):
 
     def count(self, targets):
         """Number of images (cls) or targets (dense tasks) that the losses of this batch sum over."""
-        return self.head.count(targets)
+        return len(targets) if self.task == "cls" else sum(len(target["labels"]) for target in targets)
 
     def pad(self, images):
         """Pad images (B, 3, H, W) of any size at the bottom and right with the mean color, as predict does.
@@ -1467,8 +1157,7 @@ class ClusterFormer(nn.Module):
             raise ValueError("images must hold at least one image")
         for image in images:
             check_image(image)
-        sizes = [image.shape[1:] for image in images] if sizes is None else sizes
-        sizes = [tuple(size) for size in sizes]
+        sizes = [tuple(size) for size in ([image.shape[1:] for image in images] if sizes is None else sizes)]
         stacked = len({image.shape for image in images}) == 1
         batches = [torch.stack(images)] if stacked else [image[None] for image in images]
         training, predictions = self.training, []
@@ -1498,8 +1187,7 @@ def trace(model, images):
         "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1
                        over N
     """
-    modules = model.named_modules()
-    found = {name: x for name, x in modules if isinstance(x, RecurrentCrossAttentionClustering)}
+    found = {name: x for name, x in model.named_modules() if isinstance(x, RecurrentCrossAttentionClustering)}
     for name, module in found.items():
         module.history = dict(name=name)
     training = model.training

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from clusterformer import MAX_SCALE, ClusterBlock, ClusterFormer, pool_cells, prenorm_mlp  # noqa: E402
+from clusterformer import MAX_SCALE, ClusterBlock, ClusterFormer, InitialCenters, prenorm_mlp  # noqa: E402
 from data import Folder, Shapes, eval_transform  # noqa: E402
 from train import parameter_groups  # noqa: E402
 
@@ -177,7 +177,7 @@ class Block(nn.Module):
     def cluster(self, tokens):
         """tokens: (B, H, W, D).  Returns C(T), (B, K, D), and M, (h, B, N, K)."""
         options = self.options
-        C = pool_cells(tokens, self.grid)
+        C = InitialCenters(tokens.shape[-1], self.grid, ffn=False)(tokens)
         if options.center_ffn != "none":
             C = self.ffn(C) + (C if options.center_ffn == "residual" else 0)
         tokens = tokens.flatten(1, 2)

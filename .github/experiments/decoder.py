@@ -7,8 +7,8 @@
     python .github/experiments/decoder.py --table
 
 A worker can be killed and started again: a job goes on from its last checkpoint.  Results go to decoder.jsonl
-beside this file, a line per job.  PARTS and their expectations were written before the first run.
-The parts that were put back into a shorter decoder are in the same log: see decoder_back.py.
+beside this file, a line per job.  Lines with a commit are of an earlier decoder, with more parts: check it out, and
+run its form of this script.
 """
 
 import argparse
@@ -31,70 +31,33 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
 METRICS = dict(det="AP", inst="mask_AP", sem="miou", pan="PQ")
-# What is left out, or replaced: (expected loss in mask AP of inst, or of the metric of `task`, more tasks).
+# What is left out, or replaced, and in which tasks, seed 0.
 PARTS = {
-    "nothing": (0.00, ("det", "sem", "pan")),
-    "quadrants": (0.04, ("det",)),  # one Gaussian over the box in all heads, as in SMCA
-    "mask prior": (0.02, ()),
-    "mask samples": (0.06, ("pan",)),
-    "falloff": (0.02, ("sem", "pan")),
-    "locality": (0.20, ()),  # the four above together; clusterings have no prior at all
-    "overlap": (0.01, ("det",)),
-    "several matches": (0.03, ("det",)),
-    "pixel loss": (0.05, ("sem", "pan")),
-    "fixed no object": (0.00, ()),  # a learned logit of "no object", as in DETR
-    "own sides": (0.02, ("det",)),  # boxes move by inverse sigmoids, as in Deformable DETR
-    "top-down from zero": (0.00, ()),  # it starts at random
-    "top-down": (0.02, ("sem",)),  # no top-down path at all
-    "neck depthwise": (0.00, ("sem",)),
-    "suppression": (0.03, ("det",)),  # evaluation of the run with nothing left out
-    "prior twice": (0.00, ()),  # the prior is in M only
-    "T 1": (0.01, ("det", "sem")),
-    "T 2": (0.00, ()),
-    "added": (0.02, ()),  # means replace the centers
+    "nothing": ("det", "inst", "sem", "pan"),  # seeds 0, 1 and 2
+    "prior": ("inst",),  # clusterings see the whole map
+    "quadrants": ("inst", "det"),  # one Gaussian over the box in all heads, as in SMCA
+    "own sides": ("inst", "det"),  # boxes move by inverse sigmoids, as in Deformable DETR
+    "overlap": ("inst", "det"),
+    "several matches": ("inst", "det"),
+    "silhouettes": ("inst",),
+    "neck depthwise": ("inst",),
+    "top-down": ("inst", "sem"),  # no top-down path at all
+    "top-down from zero": ("inst",),  # it starts at random
+    "suppression": ("inst", "det"),  # evaluation of the run with nothing left out
+    "prior twice": ("inst",),  # the prior is in M only
+    "T 1": ("inst",),
+    "T 2": ("inst",),
+    "added": ("inst",),  # means replace the centers
 }
-
-TOGETHER = ()  # what the screen takes out, all at once, "quadrants + mask prior" for example
 
 
 # --------------------------------------------------------------------------------------------------
 # Changes: functions of the module are replaced, or a model is changed after it was built
 # --------------------------------------------------------------------------------------------------
-def whole_box_prior(boxes, height, width):
-    x, y, w, h = boxes.unbind(-1)
-    boxes = torch.stack([x, y, w.clamp(min=1 / width), h.clamp(min=1 / height)], -1)
-    return (-2 * cf.box_distance(boxes, height, width).flatten(2)).clamp(min=-20).expand(4, -1, -1, -1)
-
-
-def no_mask_prior(masks, factor):
-    return masks.new_zeros(*masks.shape[:2], masks[0, 0].numel() // factor**2, dtype=torch.float32)
-
-
-def no_samples(masks, boxes):
-    return boxes.new_zeros(*boxes.shape[:2], cf.MASK_SAMPLES**2)
-
-
-def plain_masks(self, centers, boxes, embeddings):
-    return torch.einsum("bkd,bhwd->bkhw", self.center(centers), embeddings)
-
-
-def book_boxes(self, centers, anchors):
-    anchors = anchors.clamp(1e-3, 1 - 1e-3)
-    return ((anchors / (1 - anchors)).log() + self.delta(centers).float()).sigmoid()
-
-
-def learned_no_object(model):
-    """Softmax is over differences of logits: those of the classes, less that of "no object"."""
-    decoder = model.head.decoder
-    decoder.no_object = nn.Linear(decoder.norm.normalized_shape[0], 1)
-    predict = decoder.predict_centers
-
-    def predict_centers(centers, anchors, embeddings):
-        output = predict(centers, anchors, embeddings)
-        output["logits"] = output["logits"] - decoder.no_object(decoder.norm(centers))
-        return output
-
-    decoder.predict_centers = predict_centers
+def whole_box_prior():
+    """One Gaussian over the whole box in all heads: quadrants of a box of twice its sides, all in its middle."""
+    cf.QUADRANTS, quadrants = ((0.0, 0.0),) * 4, cf.box_prior
+    cf.box_prior = lambda boxes, h, w: quadrants(torch.cat([boxes[..., :2], 2 * boxes[..., 2:]], -1), h, w)
 
 
 def clustering(self, centers, tokens, bias=None, once=False, replace=False):
@@ -116,8 +79,27 @@ def clustering(self, centers, tokens, bias=None, once=False, replace=False):
 
 
 class Nothing(nn.Module):
+    """Zeros, of the width of the input or of another."""
+
+    def __init__(self, width=None):
+        super().__init__()
+        self.width = width
+
     def forward(self, x):
-        return torch.zeros_like(x)
+        return torch.zeros_like(x[..., : self.width])
+
+
+def book_boxes(model):
+    """Boxes move by inverse sigmoids, as in Deformable DETR; what the module does after that moves them no more."""
+    decoder = model.head.decoder
+    decoder.book_box, decoder.box = decoder.box, Nothing(4)
+    # A method, not a closure: train.py copies the model for its averaged weights, and a closure would keep the first.
+    decoder.predict_centers = types.MethodType(predict_book_boxes, decoder)
+
+
+def predict_book_boxes(self, centers, boxes, embeddings):
+    boxes = (boxes.logit(1e-3) + self.book_box(self.norm(centers)).float()).sigmoid()
+    return type(self).predict_centers(self, centers, boxes, embeddings)
 
 
 def each_layer(change):
@@ -154,31 +136,31 @@ def top_down_off(model):
         linear.requires_grad_(False)  # it starts at zero, and stays there
 
 
+def no_overlap(layer):
+    layer.overlap.requires_grad_(False).zero_()
+
+
+def no_silhouettes(model):
+    for parameter in model.head.decoder.silhouette[-1].parameters():
+        parameter.requires_grad_(False)  # they start at zero, and stay there
+
+
+CHANGES = {"overlap": each_layer(no_overlap), "silhouettes": no_silhouettes, "own sides": book_boxes}
+CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": without("depthwise")}
+CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2)}
+CHANGES |= {"prior twice": with_forward(once=True), "added": with_forward(replace=True)}
+
+
 def apply(parts):
     """Change the module as PARTS says.  parts: one, or several with " + " between them."""
     changes = []  # of a model, after it was built
-    for part in parts.replace("locality", "mask prior + mask samples + falloff + no prior").split(" + "):
-        if part == "quadrants":
-            cf.box_prior = whole_box_prior
-        elif part == "no prior":
+    for part in parts.split(" + "):
+        if part == "prior":
             cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
-        elif part == "mask prior":
-            cf.mask_prior = no_mask_prior
-        elif part == "mask samples":
-            cf.mask_samples = no_samples
-        elif part == "falloff":
-            cf.MaskHead.forward = plain_masks
-        elif part == "overlap":
-            cf.pairwise_iou, right = (lambda boxes: torch.zeros_like(right(boxes))), cf.pairwise_iou
-            cf.top_detections = types.FunctionType(
-                cf.top_detections.__code__, dict(vars(cf), pairwise_iou=right), argdefs=(0.6,)
-            )  # suppression still needs it
+        elif part == "quadrants":
+            whole_box_prior()
         elif part == "several matches":
-            cf.MATCHES_PER_TARGET = (1,)
-        elif part == "pixel loss":
-            cf.LOSS_WEIGHTS["pixel"] = 0.0
-        elif part == "own sides":
-            cf.BoxHead.forward = book_boxes
+            cf.MATCHES = ()
         elif part == "suppression":
             cf.top_detections = functools.partial(cf.top_detections, threshold=2.0)
         elif part != "nothing":
@@ -193,11 +175,6 @@ def apply(parts):
     cf.ClusterFormer.__init__ = build_and_change
 
 
-CHANGES = {"fixed no object": learned_no_object, "top-down from zero": random_top_down, "top-down": top_down_off}
-CHANGES |= {"neck depthwise": without("depthwise"), "prior twice": with_forward(once=True)}
-CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2), "added": with_forward(replace=True)}
-
-
 # --------------------------------------------------------------------------------------------------
 # Jobs
 # --------------------------------------------------------------------------------------------------
@@ -206,16 +183,13 @@ LOG = Path(__file__).with_suffix(".jsonl")
 
 def jobs():
     """(part, task, seed), in the order in which they are run."""
-    base = [("nothing", task, seed) for seed in (0, 1, 2) for task in METRICS]
-    screen = [(part, task, 0) for part, (_, more) in PARTS.items() for task in ("inst", *more) if part != "nothing"]
-    together = [(parts, task, seed) for parts in TOGETHER for seed in (0, 1, 2) for task in METRICS]
-    first, rest = ([job for job in screen if (job[1] == "inst") == inst] for inst in (True, False))
-    return base[:4] + first + base[4:] + rest + together
+    base = [("nothing", task, seed) for seed in (0, 1, 2) for task in PARTS["nothing"]]
+    return base + [(part, task, 0) for part, tasks in PARTS.items() for task in tasks if part != "nothing"]
 
 
 def done():
-    lines = map(json.loads, open(LOG)) if LOG.exists() else ()
-    return {(line["part"], line["task"], line["seed"]): line for line in lines}
+    lines = [json.loads(line) for line in open(LOG)] if LOG.exists() else []
+    return {(line["part"], line["task"], line["seed"]): line for line in lines if "commit" not in line}
 
 
 def run_job(part, task, seed, folder):
@@ -263,14 +237,14 @@ def work(folder):
 
 def print_table():
     lines = done()
-    print("| left out | expected | " + " | ".join(METRICS) + " | minutes of a core |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for part in dict.fromkeys((*PARTS, *TOGETHER, *(part for part, _, _ in lines))):
-        expected, cells = PARTS.get(part, ("",))[0], []
+    print("| left out | " + " | ".join(METRICS) + " | minutes of a core |\n| --- | --- | --- | --- | --- | --- |")
+    for part in dict.fromkeys((*PARTS, *(part for part, _, _ in lines))):
+        cells = []
         for task in METRICS:
             found = [lines[part, task, seed]["value"] for seed in (0, 1, 2) if (part, task, seed) in lines]
             cells.append(", ".join(f"{value:.3f}" for value in found))
         minutes = lines.get((part, "inst", 0), {}).get("cpu_minutes", "")
-        print(f"| {part} | {expected} | " + " | ".join(cells) + f" | {minutes} |")
+        print(f"| {part} | " + " | ".join(cells) + f" | {minutes} |")
 
 
 def main():
