@@ -518,7 +518,6 @@ class ClassificationHead(nn.Module):
 #     each layer moves the previous box                               Deformable DETR (2021)
 #       in units of its sides                                         R-CNN (2014)
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
-#       centers whose boxes overlap attend more                       ours
 #       several centers per target in the first layers                ours, after H-DETR (2023)
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
 #       an MLP on the finest map; classes also see the mask           ours
@@ -617,7 +616,7 @@ class DecoderLayer(nn.Module):
         C    = C + FFN(C)
 
     cluster returns norm(C) plus means: C is normalized once per layer, and cannot grow with depth.  In the
-    attention, centers that have found the same object, whose boxes overlap, can decide which of them keeps it.
+    attention, centers that have found the same object can decide which of them keeps it.
     """
 
     def __init__(self, dim, iterations=3):
@@ -626,19 +625,13 @@ class DecoderLayer(nn.Module):
         # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
-        # Learned.  At first 0 in the first head, and up to 8 in the last: there, equal boxes get e^8
-        # times the attention of disjoint ones.
-        self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
     def forward(self, centers, boxes, tokens):
         """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).  Returns (B, K, D)."""
         centers, _ = self.cluster(self.norm(centers), tokens, box_prior(boxes, *tokens.shape[1:3]))
         x = self.attention_norm(centers)
-        corners = cxcywh_to_xyxy(boxes)
-        iou, _ = iou_and_giou(corners[:, :, None], corners[:, None])  # (B, K, K)
-        bias = (self.overlap[:, None, None] * iou[:, None]).flatten(0, 1).to(x.dtype)  # (B heads, K, K)
-        centers = centers + self.attention(x, x, x, attn_mask=bias, need_weights=False)[0]
+        centers = centers + self.attention(x, x, x, need_weights=False)[0]
         return centers + self.ffn(centers)
 
 

@@ -37,7 +37,6 @@ PARTS = {
     "prior": ("inst",),  # clusterings see the whole map
     "quadrants": ("inst", "det"),  # one Gaussian over the box in all heads, as in SMCA
     "own sides": ("inst", "det"),  # boxes move by inverse sigmoids, as in Deformable DETR
-    "overlap": ("inst", "det"),
     "several matches": ("inst", "det"),
     "silhouettes": ("inst",),
     "neck depthwise": ("inst",),
@@ -136,16 +135,12 @@ def top_down_off(model):
         linear.requires_grad_(False)  # it starts at zero, and stays there
 
 
-def no_overlap(layer):
-    layer.overlap.requires_grad_(False).zero_()
-
-
 def no_silhouettes(model):
     for parameter in model.head.decoder.silhouette[-1].parameters():
         parameter.requires_grad_(False)  # they start at zero, and stay there
 
 
-CHANGES = {"overlap": each_layer(no_overlap), "silhouettes": no_silhouettes, "own sides": book_boxes}
+CHANGES = {"silhouettes": no_silhouettes, "own sides": book_boxes}
 CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": without("depthwise")}
 CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2)}
 CHANGES |= {"prior twice": with_forward(once=True), "added": with_forward(replace=True)}
