@@ -136,7 +136,7 @@ def prenorm_mlp(dim, ratio):
 
 
 class InitialCenters(nn.Module):
-    """C(0) = pool(I) + FFN(pool(I)), in the backbone, in the classification head and in the decoder."""
+    """C(0) = pool(I) + FFN(pool(I)), in the backbone and in the decoder; in the classification head pool(I)."""
 
     def __init__(self, dim, grid=GRID, min_cell=2, ffn=True):
         super().__init__()
@@ -262,7 +262,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
             M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step, (h B, K, N)
         if self.history is not None:
             self.record(centers, tokens, values, steps, M)
-        C = join_heads(C, h).to(centers.dtype)  # float32, also under autocast
+        C = join_heads(C, h).to(centers.dtype)  # that of C(0): what it passes through is not rounded to bfloat16
         return C, images_first(M, h).unflatten(-1, tokens.shape[1:-1])
 
     def record(self, centers, tokens, values, steps, M):
@@ -314,8 +314,8 @@ class ClusterBlock(nn.Module):
         x    = x + dispatch(C, M)         Paper (Figure 2a): feature dispatching
         x    = x + MLP(x)                 Ours: works on each token alone, as in any transformer
 
-    The convolution relates neighbors, and prepares the tokens that are clustered.  It starts at random (in
-    the last stage at zero, see Backbone), and is never dropped.  The other branches start at zero.
+    The convolution relates neighbors, and prepares the tokens that are clustered.  Its weights start at
+    random (in the last stage at zero, see Backbone), and it is never dropped.  The other branches start at zero.
     """
 
     def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
@@ -467,10 +467,10 @@ class ClassificationHead(nn.Module):
 
         logits = bias + weight mean_k norm(C_k)
 
-    Ours: what we read of the paper does not describe this head.  Everything after the norm is
-    linear, so a logit is exactly a bias plus one contribution per center.  Each contribution is also a
-    constant plus a sum over tokens of the last map, if the weights of the means (see trace) and the norm's
-    divisor are held constant.  eval.py draws this sum.  An FFN on C(0) would break it: there is none here.
+    Ours: what we read of the paper does not describe this head.  Everything after this norm of the centers
+    is linear, so a logit is exactly a bias plus one contribution per center.  Each contribution is also a
+    constant plus a sum over tokens, those that are clustered, if the weights of the means (see trace) and the
+    divisor of this norm are held constant.  eval.py draws this sum.  An FFN on C(0) would break it.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -510,7 +510,7 @@ class ClassificationHead(nn.Module):
 #
 #     part                                                            whose                      worth
 #     maps are added from coarse to fine                              FPN (2017)
-#       the addition starts at zero; 3 x 3 convolutions follow        ours
+#       the addition starts at zero; its convolutions are depthwise   ours
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
@@ -595,13 +595,13 @@ def box_prior(boxes, height, width):
     Returns (4, B, K, N).
     """
     offsets = torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
-    middles, sides = (boxes[..., :2] + offsets * boxes[..., 2:]).float(), boxes[..., 2:].float() / 2
+    middles, sides = (boxes[..., :2] + offsets * boxes[..., 2:]).float(), boxes[..., 2:].float() / 2  # of quadrants
     x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
     # A quadrant is at least one token wide: a narrower Gaussian could lie between the tokens.
     horizontal = ((x - middles[..., :1]) / sides[..., :1].clamp(min=1 / width)) ** 2  # (4, B, K, W)
     vertical = ((y - middles[..., 1:]) / sides[..., 1:].clamp(min=1 / height)) ** 2  # (4, B, K, H)
-    distance = vertical[..., None] + horizontal[:, :, :, None]  # squared, in sides: (4, B, K, H, W)
-    # -8: sigma is a quarter of a side.  At least -20: far from all boxes, S decides, not which box is nearer.
+    distance = vertical[..., None] + horizontal[:, :, :, None]  # squared, in sides of quadrants: (4, B, K, H, W)
+    # -8: sigma is a quarter of such a side.  At least -20: far from all boxes, S decides, not which box is nearer.
     return (-8 * distance).clamp(min=-20).flatten(3)
 
 
@@ -733,7 +733,7 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0)
 NO_OBJECT_WEIGHT = 0.1  # of centers without a target: they far outnumber the others
-MATCHES = 6, 4, 2  # of a target with centers, in the first three predictions; one in the others
+MATCHES = 6, 4, 2  # of each target, in the first predictions; one in the others, and always in the last
 NUM_POINTS = 12_544  # at which a mask is compared, at most; a quarter of a small mask's pixels
 
 
@@ -827,17 +827,17 @@ def match(outputs, targets):
     flat = {key: value.flatten(1, 2) for key, value in outputs.items()}  # (B, L K, ...)
     costs = [matching_cost({key: flat[key][i] for key in flat}, one) for i, one in enumerate(targets)]
     # One copy to the CPU: each copy would wait for the GPU.  If a cost is not finite, no match will help.
-    costs = torch.cat(costs).nan_to_num(0.0, 0.0, 0.0).cpu().double().numpy().reshape(-1, L, K)
+    costs = torch.cat(costs).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).cpu().double().numpy().reshape(-1, L, K)
     matches, first = [], 0
     for i, target in enumerate(targets):
-        last = first + len(target["labels"])
-        most = K // (2 * max(1, last - first))  # half of the centers should still learn "no object"
-        for layer, times in zip(range(L), [*MATCHES, *[1] * L]):
-            times = max(1, min(times, most)) if layer < L - 1 else 1
-            rows, centers = hungarian(np.tile(costs[first:last, layer], (times, 1)))
-            found = i, layer, centers, first + rows % max(1, last - first), times
-            matches.append(np.stack(np.broadcast_arrays(*found)))
-        first = last
+        n = len(target["labels"])
+        most = K // (2 * max(1, n))  # half of the centers should still learn "no object"
+        for layer in range(L):
+            times = max(1, min(MATCHES[layer], most)) if layer < min(len(MATCHES), L - 1) else 1
+            rows, centers = hungarian(np.tile(costs[first : first + n, layer], (times, 1)))
+            found = i, layer, centers, first + rows % max(1, n), times  # row n is target 0 again
+            matches.append(np.stack(np.broadcast_arrays(*found)))  # five rows, a column per match
+        first += n
     table = torch.from_numpy(np.concatenate(matches, 1))
     return table.to(outputs["logits"].device, non_blocking=True).unbind()
 
@@ -859,7 +859,7 @@ def mask_losses(logits, masks, target, weight):
 
 
 def set_losses(output, targets, stride):
-    """All losses of a dense task, summed over layers and targets, and weighted.
+    """All losses of a dense task, weighted sums: label over all centers, the others over targets, of all layers.
 
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
     Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks.
@@ -1093,7 +1093,7 @@ class ClusterFormer(nn.Module):
         return self.head(self.backbone.features(images))
 
     def loss(self, output, targets):
-        """Losses of a batch: a dictionary of scalars, sums over its images (cls) or targets.
+        """Losses of a batch: a dictionary of scalars, sums over its images (cls) or targets.  Without autocast.
 
         Divide them by count(targets), summed over all processes; a mean of means would weigh the
         targets of crowded batches less.
@@ -1136,7 +1136,7 @@ class ClusterFormer(nn.Module):
         others go through the model one after the other.
         images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W).
         sizes: a list of (H, W) in which boxes and maps are returned; None: those of the images.
-        Raises ValueError for other images, and for a value outside of [0, 1].
+        Raises ValueError for other images, a value outside of [0, 1], and another number of sizes.
         Returns one dictionary per image:
             cls   "scores" (5,) float32, highest first, and "labels" (5,) int64; or fewer
             det   "scores" (n,), highest first, "labels" (n,), "boxes" (n, 4) xyxy in pixels; n <= 100
@@ -1151,6 +1151,8 @@ class ClusterFormer(nn.Module):
         for image in images:
             check_image(image)
         sizes = [tuple(size) for size in ([image.shape[1:] for image in images] if sizes is None else sizes)]
+        if len(sizes) != len(images):
+            raise ValueError(f"sizes must be one for each of {len(images)} images, got {len(sizes)}")
         stacked = len({image.shape for image in images}) == 1
         batches = [torch.stack(images)] if stacked else [image[None] for image in images]
         training, predictions = self.training, []

@@ -451,6 +451,8 @@ def test_any_image_has_a_valid_prediction(task, precise):
 def test_predict_says_what_is_wrong_with_images(images, complaint):
     with pytest.raises(ValueError, match=complaint):
         random_model().predict(images)
+    with pytest.raises(ValueError, match="one for each of 2 images, got 1"):
+        random_model().predict(torch.zeros(2, 3, 64, 64), [(64, 64)])
 
 
 @pytest.mark.parametrize("images, complaint", [

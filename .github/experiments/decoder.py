@@ -5,6 +5,7 @@
     python .github/experiments/decoder.py --work DIR          takes jobs until none is left; start one per core
     python .github/experiments/decoder.py --job "quadrants" inst 0 DIR
     python .github/experiments/decoder.py --table
+    git show 3264464:clusterformer.py > old.py && python .github/experiments/decoder.py --step old.py
 
 A worker can be killed and started again: a job goes on from its last checkpoint.  Results go to decoder.jsonl
 beside this file, a line per job.  Lines with a commit are of an earlier decoder, with more parts: check it out, and
@@ -13,6 +14,7 @@ run its form of this script.
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -242,11 +244,40 @@ def print_table():
         print(f"| {part} | " + " | ".join(cells) + f" | {minutes} |")
 
 
+def compare_steps(path):
+    """CPU seconds of a training step of inst, and what it keeps for the backward pass, here and with another file."""
+    spec = importlib.util.spec_from_file_location("other", path)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    dataset = data.Shapes(64, 96, 0, "train", "inst")
+    batches = [data.stacked([dataset[0, i] for i in range(b, b + 8)]) for b in range(0, 64, 8)]
+    models = {name: m.ClusterFormer("inst", "nano", len(dataset.classes)) for name, m in ((path, other), ("this", cf))}
+    seconds, kept = {name: [] for name in models}, {name: {} for name in models}
+
+    def keep(x):
+        kept[name][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    for images, targets in batches * 3:
+        for name, model in models.items():
+            kept[name].clear()
+            start = time.process_time()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                losses = model.loss(model(data.as_float(images)), targets)
+            (sum(losses.values()) / model.count(targets)).backward()
+            seconds[name].append(time.process_time() - start)
+    for name, model in models.items():
+        parameters = {x.untyped_storage().data_ptr() for x in model.parameters()}
+        size = sum(value for pointer, value in kept[name].items() if pointer not in parameters) / 2**20
+        print(f"{name}: {sorted(seconds[name][4:])[10]:.3f} CPU seconds, {size:.1f} MiB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the jobs")
     parser.add_argument("--table", action="store_true", help="print the results")
     parser.add_argument("--work", metavar="DIR", help="take jobs until none is left; DIR holds their checkpoints")
+    parser.add_argument("--step", metavar="FILE", help="compare a training step with that of another module")
     parser.add_argument("--job", nargs=4, metavar=("PART", "TASK", "SEED", "DIR"), help="run one")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -254,13 +285,15 @@ def main():
         print(*jobs(), sep="\n")
     elif args.table:
         print_table()
+    elif args.step:
+        compare_steps(args.step)
     elif args.work:
         work(args.work)
     elif args.job:
         part, task, seed, folder = args.job
         run_job(part, task, int(seed), folder)
     else:
-        parser.error("give --list, --table, --work or --job")
+        parser.error("give --list, --table, --step, --work or --job")
 
 
 if __name__ == "__main__":
