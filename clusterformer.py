@@ -93,7 +93,8 @@ HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
 MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
-CENTER_RATIO = 1, 2  # hidden width of the MLPs on centers, in units of D: initial, dispatching
+INITIAL_RATIO = 1  # hidden width of the FFN on C(0), in units of D
+DISPATCH_RATIO = 2  # of the MLP on C(T)
 TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 
 
@@ -141,7 +142,7 @@ class InitialCenters(nn.Module):
     def __init__(self, dim, grid=GRID, min_cell=2, ffn=True):
         super().__init__()
         self.grid, self.min_cell = grid, min_cell  # see grid_shape
-        self.ffn = prenorm_mlp(dim, CENTER_RATIO[0]) if ffn else None
+        self.ffn = prenorm_mlp(dim, INITIAL_RATIO) if ffn else None
 
     def forward(self, x):
         """x: map (B, H, W, D).  Returns C(0), (B, K, D)."""
@@ -209,16 +210,17 @@ class RecurrentCrossAttentionClustering(nn.Module):
     five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
     """
 
-    def __init__(self, dim, num_heads, iterations=3, scale=10.0, alike=False):
+    def __init__(self, dim, num_heads, iterations=3, scale=10.0, identity_start=False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads, self.iterations = num_heads, iterations
         d = dim // num_heads
-        identity = lambda: torch.eye(d).repeat(num_heads, 1, 1)  # (h, d, d)
-        # alike: S is the cosine of center and token itself, so tokens go to centers that look like them.
-        start = identity if alike else lambda: torch.randn(num_heads, d, d) * d**-0.5
-        self.q, self.k, self.v = nn.Parameter(start()), nn.Parameter(start()), nn.Parameter(identity())
+        q, k, v = (torch.eye(d).repeat(num_heads, 1, 1) for _ in range(3))  # (h, d, d) each
+        # With identity_start, S is the cosine of center and token itself: tokens go to centers that look like them.
+        if not identity_start:
+            q, k = (torch.randn(num_heads, d, d) * d**-0.5 for _ in range(2))
+        self.q, self.k, self.v = nn.Parameter(q), nn.Parameter(k), nn.Parameter(v)
         # With scale 10, a query that equals a key gets e^10 times what an orthogonal one gets.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
@@ -291,7 +293,7 @@ class FeatureDispatching(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.mlp = prenorm_mlp(dim, CENTER_RATIO[1])
+        self.mlp = prenorm_mlp(dim, DISPATCH_RATIO)
 
     def forward(self, centers, assignment):
         """centers: (B, K, D).  assignment: (B, h, K, H, W).  Returns a map (B, H, W, D), at first zero."""
@@ -318,12 +320,12 @@ class ClusterBlock(nn.Module):
     random (in the last stage at zero, see Backbone), and it is never dropped.  The other branches start at zero.
     """
 
-    def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, alike=False):
+    def __init__(self, dim, num_heads, iterations=3, drop_path=0.0, identity_start=False):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm = LayerNorm(dim)
         self.initial = InitialCenters(dim)
-        self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations, alike=alike)
+        self.cluster = RecurrentCrossAttentionClustering(dim, num_heads, iterations, identity_start=identity_start)
         self.dispatch = FeatureDispatching(dim, num_heads)
         self.mlp = prenorm_mlp(dim, TOKEN_RATIO)
         self.drop_path = drop_path
@@ -411,16 +413,16 @@ class Backbone(nn.Module):
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
         self.coordinates = nn.Linear(2, channels[0], bias=False)
         self.embed_norm = LayerNorm(channels[0])
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()  # deeper blocks are dropped more
+        rates = torch.linspace(0, drop_path, sum(depths)).split(depths)  # deeper blocks are dropped more
         self.stages = nn.ModuleList()
         self.downsample_norms, self.downsamples = nn.ModuleList(), nn.ModuleList()
-        for i, (depth, dim) in enumerate(zip(depths, channels)):
+        for i, dim in enumerate(channels):
             if i > 0:
                 self.downsample_norms.append(LayerNorm(channels[i - 1]))
                 self.downsamples.append(nn.Conv2d(channels[i - 1], dim, 2, stride=2))
             heads = max(1, dim // HEAD_DIM)
-            # alike in stage 1 only: there, tokens are colors and edges, and similar ones belong together.
-            blocks = [ClusterBlock(dim, heads, iterations, rates.pop(0), alike=i == 0) for _ in range(depth)]
+            # In stage 1, tokens are colors and edges, and similar ones belong together.
+            blocks = [ClusterBlock(dim, heads, iterations, rate, identity_start=i == 0) for rate in rates[i].tolist()]
             self.stages.append(nn.ModuleList(blocks))
         # The last map is so small that a random 3 x 3 convolution would mix much of the image into each
         # token.  From zero, a token first speaks for its own place, and explanations can be read there.
