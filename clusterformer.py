@@ -507,23 +507,29 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
 # Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
-# from other work.  "Worth": the mask AP that a short run of inst on drawn scenes loses without the part (one
-# seed, all other parts in place; no figure: not tried).  At full scale it may be another.
+# from other work.  "Worth": the mask AP that a short run of inst on drawn scenes loses without the part alone (one
+# seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: without nine of them at once,
+# and with a learned logit of "no object", inst loses 0.12.  At full scale all of this may differ.
 #
 #     part                                                            whose                      worth
-#     maps are added from coarse to fine                              FPN (2017)
-#       the addition starts at zero; its convolutions are depthwise   ours
+#     maps are added from coarse to fine                              FPN (2017)                 0.00
+#       the addition starts at zero                                   ours                       0.04
+#       a depthwise 3 x 3 convolution follows                         ours                       0.01
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
-#       head j looks at quadrant j                                    ours
+#       head j looks at quadrant j                                    ours                       0.00
+#     and where its previous mask is                                  Mask2Former (2022)         0.00
 #     each layer moves the previous box                               Deformable DETR (2021)
-#       in units of its sides                                         R-CNN (2014)
+#       in units of its sides                                         R-CNN (2014)               0.00
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
-#       several centers per target in the first layers                ours, after H-DETR (2023)
+#       centers whose boxes overlap attend more                       ours                       0.01
+#       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
-#       an MLP on the finest map; classes also see the mask           ours
-#     duplicates are removed                                          YOLACT (2019)
+#       less a falloff with the distance from the box                 ours                       0.00
+#       classes also see the mask, at 12 x 12 points                  ours                       0.00
+#     pixels predict their classes                                    MaX-DeepLab (2021)         0.00
+#     duplicates are removed                                          YOLACT (2019)              0.08
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
     """Bring all maps to the same width D, and add what coarser maps see.  FPN (Lin et al., 2017).
@@ -584,6 +590,19 @@ def iou_and_giou(a, b):
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
 
+def box_distance(boxes, height, width):
+    """Squared distance of tokens from the middles of boxes, in halves of their sides.
+
+    boxes: (..., 4) cxcywh as fractions of the image.  Returns (..., height, width): 0 in the middle of a box,
+    1 in the middle of each of its sides, 2 in its corners.
+    """
+    middle_x, middle_y, w, h = boxes.float().unsqueeze(-1).unbind(-2)  # (..., 1) each
+    x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
+    horizontal = ((x - middle_x) / (w.clamp(min=0.01) / 2)) ** 2  # (..., width); of 1 % of the image at least
+    vertical = ((y - middle_y) / (h.clamp(min=0.01) / 2)) ** 2  # (..., height)
+    return vertical[..., None] + horizontal[..., None, :]
+
+
 # Middles (x, y) of the quadrants of a box from its own middle, in its sides.
 QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)
 
@@ -597,14 +616,21 @@ def box_prior(boxes, height, width):
     Returns (4, B, K, N).
     """
     offsets = torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
-    middles, sides = (boxes[..., :2] + offsets * boxes[..., 2:]).float(), boxes[..., 2:].float() / 2  # of quadrants
-    x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
+    middles, sides = boxes[..., :2] + offsets * boxes[..., 2:], boxes[..., 2:] / 2
     # A quadrant is at least one token wide: a narrower Gaussian could lie between the tokens.
-    horizontal = ((x - middles[..., :1]) / sides[..., :1].clamp(min=1 / width)) ** 2  # (4, B, K, W)
-    vertical = ((y - middles[..., 1:]) / sides[..., 1:].clamp(min=1 / height)) ** 2  # (4, B, K, H)
-    distance = vertical[..., None] + horizontal[:, :, :, None]  # squared, in sides of quadrants: (4, B, K, H, W)
-    # -8: sigma is a quarter of such a side.  At least -20: far from all boxes, S decides, not which box is nearer.
-    return (-8 * distance).clamp(min=-20).flatten(3)
+    sides = torch.maximum(sides, torch.tensor([1 / width, 1 / height], device=boxes.device)).expand_as(middles)
+    distance = box_distance(torch.cat([middles, sides], -1), height, width)  # (4, B, K, H, W)
+    # -2: sigma is half of half a side.  At least -20: far from all boxes, S decides, not which box is nearer.
+    return (-2 * distance).clamp(min=-20).flatten(3)
+
+
+def mask_prior(masks, factor):
+    """Log prior of where a center's tokens are, from its previous mask: a soft masked attention (Mask2Former).
+
+    masks: logits (B, K, H, W).  factor: a token covers factor x factor of their pixels.
+    Returns (B, K, N), at least -10: a center with a wrong mask still sees its box.
+    """
+    return F.logsigmoid(F.avg_pool2d(masks.float(), factor)).clamp(min=-10).flatten(2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,7 +644,7 @@ class DecoderLayer(nn.Module):
         C    = C + FFN(C)
 
     cluster returns norm(C) plus means: C is normalized once per layer, and cannot grow with depth.  In the
-    attention, centers that have found the same object can decide which of them keeps it.
+    attention, centers that have found the same object, whose boxes overlap, can decide which of them keeps it.
     """
 
     def __init__(self, dim, iterations=3):
@@ -627,14 +653,28 @@ class DecoderLayer(nn.Module):
         # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
+        # Learned.  At first 0 in the first head, and up to 8 in the last: there, equal boxes get e^8
+        # times the attention of disjoint ones.
+        self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
-    def forward(self, centers, boxes, tokens):
-        """centers: (B, K, D).  boxes: (B, K, 4), previous ones.  tokens: map (B, H, W, D).  Returns (B, K, D)."""
-        centers, _ = self.cluster(self.norm(centers), tokens, box_prior(boxes, *tokens.shape[1:3]))
+    def forward(self, centers, tokens, prior, boxes):
+        """centers: (B, K, D).  tokens: map (B, H, W, D).  prior: log prior (4, B, K, N).  Returns (B, K, D)."""
+        centers, _ = self.cluster(self.norm(centers), tokens, prior)
         x = self.attention_norm(centers)
-        centers = centers + self.attention(x, x, x, need_weights=False)[0]
+        corners = cxcywh_to_xyxy(boxes)
+        iou, _ = iou_and_giou(corners[:, :, None], corners[:, None])  # (B, K, K)
+        bias = (self.overlap[:, None, None] * iou[:, None]).flatten(0, 1).to(x.dtype)  # (B heads, K, K)
+        centers = centers + self.attention(x, x, x, attn_mask=bias, need_weights=False)[0]
         return centers + self.ffn(centers)
+
+
+def class_probability(logits):
+    """Softmax over the classes and "no object": (..., classes) -> (..., classes).
+
+    Ours: the logit of "no object" is 0.  Centers would learn one of its own long before they learn the classes.
+    """
+    return F.pad(logits.float(), (0, 1)).softmax(-1)[..., :-1]
 
 
 def mlp(dim, out):
@@ -664,12 +704,13 @@ class Decoder(nn.Module):
                      |                           v
                      |     predict: class, mask, and box (from the previous box)
                      |                           |
-                     |                       box | becomes a prior, without gradient
+                     |              box and mask | become a prior, without gradient
                      |                           v
                      C <------------------ DecoderLayer <-- map at stride 32, 16, 8, 32, 16, 8
 
     All predictions are trained, including the one before the first layer.  A mask is the dot product of its
-    center with an embedding of each pixel.  Tasks that return no boxes predict them, too, for the prior.
+    center with an embedding of each pixel, less a falloff with the distance from its box.  Tasks that return no
+    boxes predict them, too, for the prior.
     """
 
     def __init__(self, dim, levels, num_classes, iterations, with_masks):
@@ -681,8 +722,9 @@ class Decoder(nn.Module):
         self.initial = InitialCenters(dim, OBJECT_GRID, min_cell=1)
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = LayerNorm(dim)
-        self.classifier = nn.Linear(dim, num_classes + 1)  # the last class is "no object"
-        nn.init.constant_(self.classifier.bias[-1:], math.log(9 * num_classes))  # at first about 0.9
+        self.classifier = nn.Linear(dim, num_classes)
+        # At first, "no object" has a probability of 0.9, and the classes share the rest.
+        nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))
         self.box = mlp(dim, 4)
         nn.init.zeros_(self.box[-1].weight)  # at first, a box is the previous one
         nn.init.zeros_(self.box[-1].bias)
@@ -690,7 +732,11 @@ class Decoder(nn.Module):
             self.pixel_mlp = prenorm_mlp(dim, TOKEN_RATIO)
             self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
             self.mask = mlp(dim, dim)
-            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes + 1)
+            self.falloff = nn.Linear(dim, 1)  # its log
+            nn.init.zeros_(self.falloff.weight)
+            nn.init.constant_(self.falloff.bias, math.log(0.25))  # -1 in a corner of the box
+            self.pixel_classifier = nn.Linear(dim, num_classes)
+            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes)
             self.silhouette = nn.Sequential(first, nn.GELU(), last)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -709,6 +755,9 @@ class Decoder(nn.Module):
         output = dict(logits=in_full_precision(self.classifier, x), boxes=boxes)
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
+            # A center says how much the distance from its box counts: much among similar objects, little for the sky.
+            distance = box_distance(boxes.detach(), *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
+            masks = masks - (2 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
             silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
             output |= dict(masks=masks, logits=output["logits"] + silhouettes)
         return output
@@ -725,15 +774,20 @@ class Decoder(nn.Module):
         outputs = [self.predict_centers(centers, boxes, embeddings)]
         for level, layer in zip(self.levels, self.layers):
             boxes = outputs[-1]["boxes"].detach()  # no gradient from the next layer's losses
-            centers = layer(centers, boxes, tokens[level - 1])
+            prior = box_prior(boxes, *tokens[level - 1].shape[1:3])
+            if self.with_masks and len(outputs) > 1:  # not in the first layer: its centers have seen one cell only
+                prior = prior + mask_prior(outputs[-1]["masks"].detach(), 2**level)
+            centers = layer(centers, tokens[level - 1], prior, boxes)
             outputs.append(self.predict_centers(centers, boxes, embeddings))
+        if self.with_masks and self.training:
+            outputs[-1]["pixels"] = self.pixel_classifier(embeddings)  # (B, H, W, classes)
         return outputs
 
 
 # --------------------------------------------------------------------------------------------------
 # 9. Matching and losses of the dense tasks: for boxes those of DETR, for masks those of Mask2Former
 # --------------------------------------------------------------------------------------------------
-LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0)
+LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)
 NO_OBJECT_WEIGHT = 0.1  # of centers without a target: they far outnumber the others
 MATCHES = 6, 4, 2  # of each target, in the first predictions; one in the others, and always in the last
 NUM_POINTS = 12_544  # at which a mask is compared, at most; a quarter of a small mask's pixels
@@ -801,7 +855,7 @@ def matching_cost(output, target):
     labels, boxes, truth = target["labels"], output["boxes"].float(), target["boxes"]
     _, giou = iou_and_giou(cxcywh_to_xyxy(truth)[:, None], cxcywh_to_xyxy(boxes))
     cost = LOSS_WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1) - LOSS_WEIGHTS["giou"] * giou
-    cost -= LOSS_WEIGHTS["label"] * output["logits"].float().softmax(-1)[:, labels].T
+    cost -= LOSS_WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
     if "masks" in output:
         masks, truth = output["masks"].float(), target["masks"].float()
         points = torch.rand(1, min(NUM_POINTS, masks[0].numel() // 4), 2, device=masks.device)  # the same for all masks
@@ -860,11 +914,23 @@ def mask_losses(logits, masks, target, weight):
     return entropy @ weight, dice @ weight
 
 
+def pixel_loss(pixels, masks, labels, image, stride):
+    """Cross-entropy of the classes of pixels, a sum over targets of the mean over the pixels of each.
+
+    A mask teaches the pixels little until its center has found an object; this loss does so from the first step.
+    It is the auxiliary loss of MaX-DeepLab (2021), but for the mean: small targets count as much as large ones.
+    pixels: logits (B, h, w, classes).  masks: of all targets, bool (n, H, W).  labels, image: of each, (n,).
+    """
+    weights = F.avg_pool2d(masks[:, None].float(), stride)[:, 0]  # (n, h, w)
+    costs = -pixels.float().log_softmax(-1)[image, :, :, labels]  # (n, h, w)
+    return ((costs * weights).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)).sum()
+
+
 def set_losses(output, targets, stride):
     """All losses of a dense task, weighted sums: label over all centers, the others over targets, of all layers.
 
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
-    Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks.
+    Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks; pixel in training, too.
     Raises ValueError for masks of another size than the images, which would be compared shifted.
     """
     if "masks" in output:
@@ -873,11 +939,12 @@ def set_losses(output, targets, stride):
             if (got := tuple(target["masks"].shape))[1:] != size:
                 raise ValueError(f"masks must be (n, {size[0]}, {size[1]}), as the images, got {got}")
     layers = [*output["aux"], output]
-    outputs = {key: torch.stack([one[key] for one in layers], 1) for key in output if key != "aux"}  # (B, L, K, ..)
+    keys = [key for key in ("logits", "boxes", "masks") if key in output]
+    outputs = {key: torch.stack([one[key] for one in layers], 1) for key in keys}  # (B, L, K, ...)
     image, layer, center, target, times = match(outputs, targets)
     weight = 1 / times
     labels, wanted = (torch.cat([one[key] for one in targets])[target] for key in ("labels", "boxes"))
-    logits = outputs["logits"].float()
+    logits = F.pad(outputs["logits"].float(), (0, 1))  # the last class is "no object", with logit 0
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
     weights = torch.full(logits.shape[:3], NO_OBJECT_WEIGHT, device=logits.device)
     classes[image, layer, center], weights[image, layer, center] = labels, weight
@@ -888,6 +955,10 @@ def set_losses(output, targets, stride):
     if "masks" in outputs:
         masks, truth = outputs["masks"][image, layer, center].float(), torch.cat([one["masks"] for one in targets])
         losses["mask"], losses["dice"] = mask_losses(masks, truth, target, weight)
+    if "pixels" in output:
+        owner = torch.cat([torch.full_like(one["labels"], i) for i, one in enumerate(targets)])
+        labels = torch.cat([one["labels"] for one in targets])
+        losses["pixel"] = pixel_loss(output["pixels"], truth, labels, owner, stride)
     return {name: LOSS_WEIGHTS[name] * value for name, value in losses.items()}
 
 
@@ -960,7 +1031,7 @@ class DenseHead(nn.Module):
         sides = square / torch.tensor(image_size[::-1] * 2, device=output["boxes"].device)  # W, H, W, H
         predictions = []
         for i, size in enumerate(sizes):
-            probability = output["logits"][i].float().softmax(-1)[:, :-1]  # (K, classes)
+            probability = class_probability(output["logits"][i])  # (K, classes)
             boxes = cxcywh_to_xyxy(output["boxes"][i].float() * sides).clamp(0, 1)
             boxes = boxes * torch.tensor(size[::-1] * 2, device=boxes.device)
             masks = mask_bands(output["masks"][i], self.stride, image_size, size) if self.with_masks else None
@@ -1084,11 +1155,12 @@ class ClusterFormer(nn.Module):
         """images: float RGB in [0, 1], (B, 3, H, W); H, W multiples of 32 (of 16 with patch_size 2).
 
         Returns for cls {"logits": (B, classes)}, and for the dense tasks
-            "logits"  (B, K, classes + 1)  the last class is "no object".  K = 100 centers, or fewer if
-                                           the map at stride 8 has fewer than 10 x 10 tokens
+            "logits"  (B, K, classes)      "no object" has logit 0.  K = 100 centers, or fewer if the map
+                                           at stride 8 has fewer than 10 x 10 tokens
             "boxes"   (B, K, 4)            cxcywh as fractions of the image
             "masks"   (B, K, H/4, W/4)     inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for the earlier layers, first to last
+            "pixels"  (B, H/4, W/4, classes)  in training, if there are masks
         Raises ValueError for a wrong shape or dtype.  It does not check values: that would wait for
         the GPU in every step.
         """

@@ -525,6 +525,8 @@ def test_mask_samples_do_not_depend_on_the_size_of_an_object():
 
 
 def test_classes_of_centers_and_pixels_worked_out_by_hand():
+    logits = torch.tensor([[0.0, math.log(2), -torch.inf], [-100.0, -100.0, -100.0]])  # "no object" has logit 0
+    torch.testing.assert_close(cf.class_probability(logits), torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.0]]))
     probability = torch.tensor([[0.9, 0.1], [0.8, 0.7], [0.6, 0.2]])
     boxes = torch.tensor([[3.0, 3.0, 7.0, 7.0], [3.1, 3.0, 7.1, 7.0], [1.0, 1.0, 2.0, 2.0]])
     found = zip(*(x.tolist() for x in cf.top_detections(probability, boxes)))
@@ -582,8 +584,7 @@ def some_targets(task, n=(3, 1), size=64):
 def perfect_output(targets, task):
     """Predictions in which center 2 j of 12 is target j, and the others are no object; in all of four layers."""
     B = len(targets)
-    prediction = dict(logits=torch.full((B, 12, 6), -12.0), boxes=torch.rand(B, 12, 4) * 0.1 + 0.45)
-    prediction["logits"][..., 5] = 0
+    prediction = dict(logits=torch.full((B, 12, 5), -12.0), boxes=torch.rand(B, 12, 4) * 0.1 + 0.45)
     prediction["masks"] = torch.full((B, 12, 16, 16), -12.0)
     for i, target in enumerate(targets):
         for j, label in enumerate(target["labels"]):
@@ -638,11 +639,11 @@ def test_with_more_targets_than_centers_each_center_has_one():
 
 def test_losses_match_a_reference_in_numpy():
     """One image, one layer, two targets, three centers: the best of all assignments, and what it costs."""
-    logits = torch.tensor([[[2.0, -1.0, 0.0], [-1.0, 0.5, 0.3], [0.3, -2.0, -0.2]]])  # the last is "no object"
+    logits = torch.tensor([[[2.0, -1.0], [-1.0, 0.5], [0.3, -2.0]]])
     boxes = torch.rand(1, 3, 4) * 0.2 + 0.3
     targets = [dict(labels=torch.tensor([1, 0]), boxes=torch.rand(2, 4) * 0.2 + 0.3)]
     losses = cf.set_losses(dict(logits=logits, boxes=boxes, aux=[]), targets, 4)
-    probability = softmax(logits[0].numpy(), axis=1)
+    probability = softmax(np.pad(logits[0].numpy(), ((0, 0), (0, 1))), axis=1)  # the last is "no object"
     found = []
     for pair in itertools.permutations(range(3), 2):
         label, likely = -0.1 * np.log(probability[3 - sum(pair), 2]), 0  # of the center without a target
@@ -666,7 +667,7 @@ def test_mask_costs_at_random_points_average_to_those_at_all_pixels():
     target = dict(labels=torch.tensor([1, 4]), boxes=torch.full((2, 4), 0.5))
     target["masks"] = torch.from_numpy(np.array(rectangles))
     masks = F.interpolate(torch.randn(1, 6, 4, 4), (64, 64), mode="bilinear")
-    output = dict(logits=torch.zeros(6, 6), boxes=torch.full((6, 4), 0.5), masks=masks[0])
+    output = dict(logits=torch.zeros(6, 5), boxes=torch.full((6, 4), 0.5), masks=masks[0])
     mean = torch.stack([cf.matching_cost(output, target) for _ in range(100)]).mean(0)
     full = F.interpolate(masks, scale_factor=4.0, mode="bilinear")[0]
     for (t, truth), (k, logits) in itertools.product(enumerate(target["masks"].float()), enumerate(full)):
@@ -674,6 +675,18 @@ def test_mask_costs_at_random_points_average_to_those_at_all_pixels():
         dice = 1 - 2 * (logits.sigmoid() * truth).sum() / (logits.sigmoid() + truth).sum()
         label, box = -2 / 6, -2  # five classes and "no object" are equally likely; the boxes are equal
         assert mean[t, k] == pytest.approx(label + box + 5 * entropy.item() + 5 * dice.item(), abs=0.03)
+
+
+def test_the_pixel_loss_is_the_mean_entropy_over_each_target():
+    targets, pixels = some_targets("sem", (2, 0, 1)), torch.randn(3, 16, 16, 5)
+    expected = 0
+    for target, image in zip(targets, -pixels.log_softmax(-1)):
+        for mask, label in zip(target["masks"], target["labels"]):  # a pixel of the mask lies under a quarter of E's
+            part = image[..., label].repeat_interleave(4, 0).repeat_interleave(4, 1)[mask]
+            expected += part.mean() if len(part) else 0
+    masks, labels = (torch.cat([target[key] for target in targets]) for key in ("masks", "labels"))
+    found = cf.pixel_loss(pixels, masks, labels, torch.tensor([0, 0, 2]), 4)
+    torch.testing.assert_close(found, expected)
 
 
 def test_points_are_sampled_where_a_mask_is_uncertain():
@@ -1768,7 +1781,7 @@ def test_every_task_from_training_to_prediction(tmp_path, capsys, monkeypatch, t
     groups = torch.load(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
     rates = {round(group["lr"] / max(group["lr"] for group in groups), 3) for group in groups}
     assert rates == ({0.1, 1} if slow else {1})
-    names = {"label", "l1", "giou"} | ({"mask", "dice"} if task != "det" else set())
+    names = {"label", "l1", "giou"} | ({"mask", "dice", "pixel"} if task != "det" else set())
     assert task == "cls" or log_of(tmp_path / "run")[0]["losses"].keys() == names
 
 

@@ -39,8 +39,12 @@ PARTS = {
     "prior": ("inst",),  # clusterings see the whole map
     "quadrants": ("inst", "det"),  # one Gaussian over the box in all heads, as in SMCA
     "own sides": ("inst", "det"),  # boxes move by inverse sigmoids, as in Deformable DETR
-    "several matches": ("inst", "det"),
-    "silhouettes": ("inst",),
+    "mask prior": ("inst", "sem"),
+    "falloff": ("inst", "sem"),
+    "overlap": ("inst", "sem", "det"),
+    "pixel loss": ("inst", "sem"),
+    "several matches": ("inst", "sem", "det"),
+    "silhouettes": ("inst", "sem"),
     "neck depthwise": ("inst",),
     "top-down": ("inst", "sem"),  # no top-down path at all
     "top-down from zero": ("inst",),  # it starts at random
@@ -137,12 +141,22 @@ def top_down_off(model):
         linear.requires_grad_(False)  # it starts at zero, and stays there
 
 
+def no_overlap(layer):
+    layer.overlap.requires_grad_(False).zero_()
+
+
+def no_falloff(model):
+    falloff = model.head.decoder.falloff.requires_grad_(False)
+    nn.init.constant_(falloff.bias, -30)  # the log of next to nothing
+
+
 def no_silhouettes(model):
     for parameter in model.head.decoder.silhouette[-1].parameters():
         parameter.requires_grad_(False)  # they start at zero, and stay there
 
 
 CHANGES = {"silhouettes": no_silhouettes, "own sides": book_boxes}
+CHANGES |= {"overlap": each_layer(no_overlap), "falloff": no_falloff}
 CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": without("depthwise")}
 CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2)}
 CHANGES |= {"prior twice": with_forward(once=True), "added": with_forward(replace=True)}
@@ -156,6 +170,10 @@ def apply(parts):
             cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
         elif part == "quadrants":
             whole_box_prior()
+        elif part == "mask prior":
+            cf.mask_prior = lambda masks, factor: masks.new_zeros(*masks.shape[:2], masks[0, 0].numel() // factor**2)
+        elif part == "pixel loss":
+            cf.LOSS_WEIGHTS["pixel"] = 0.0
         elif part == "several matches":
             cf.MATCHES = ()
         elif part == "suppression":
