@@ -508,7 +508,7 @@ class ClassificationHead(nn.Module):
 #
 # Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
 # from other work.  "Worth": the mask AP that a short run of inst on drawn scenes loses without the part alone (one
-# seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: without nine of them at once,
+# seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: without eight of them at once,
 # and with a learned logit of "no object", inst loses 0.12.  At full scale all of this may differ.
 #
 #     part                                                            whose                      worth
@@ -523,7 +523,6 @@ class ClassificationHead(nn.Module):
 #     each layer moves the previous box                               Deformable DETR (2021)
 #       in units of its sides                                         R-CNN (2014)               0.00
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
-#       centers whose boxes overlap attend more                       ours                       0.01
 #       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
 #       less a falloff with the distance from the box                 ours                       0.00
@@ -644,7 +643,7 @@ class DecoderLayer(nn.Module):
         C    = C + FFN(C)
 
     cluster returns norm(C) plus means: C is normalized once per layer, and cannot grow with depth.  In the
-    attention, centers that have found the same object, whose boxes overlap, can decide which of them keeps it.
+    attention, centers that have found the same object can decide which of them keeps it.
     """
 
     def __init__(self, dim, iterations=3):
@@ -653,19 +652,13 @@ class DecoderLayer(nn.Module):
         # A scale of 2, not 10: an object's center should also collect parts that look different.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
-        # Learned.  At first 0 in the first head, and up to 8 in the last: there, equal boxes get e^8
-        # times the attention of disjoint ones.
-        self.overlap = nn.Parameter(torch.linspace(0, 8, self.attention.num_heads))
         self.ffn = prenorm_mlp(dim, 4)
 
-    def forward(self, centers, tokens, prior, boxes):
+    def forward(self, centers, tokens, prior):
         """centers: (B, K, D).  tokens: map (B, H, W, D).  prior: log prior (4, B, K, N).  Returns (B, K, D)."""
         centers, _ = self.cluster(self.norm(centers), tokens, prior)
         x = self.attention_norm(centers)
-        corners = cxcywh_to_xyxy(boxes)
-        iou, _ = iou_and_giou(corners[:, :, None], corners[:, None])  # (B, K, K)
-        bias = (self.overlap[:, None, None] * iou[:, None]).flatten(0, 1).to(x.dtype)  # (B heads, K, K)
-        centers = centers + self.attention(x, x, x, attn_mask=bias, need_weights=False)[0]
+        centers = centers + self.attention(x, x, x, need_weights=False)[0]
         return centers + self.ffn(centers)
 
 
@@ -777,7 +770,7 @@ class Decoder(nn.Module):
             prior = box_prior(boxes, *tokens[level - 1].shape[1:3])
             if self.with_masks and len(outputs) > 1:  # not in the first layer: its centers have seen one cell only
                 prior = prior + mask_prior(outputs[-1]["masks"].detach(), 2**level)
-            centers = layer(centers, tokens[level - 1], prior, boxes)
+            centers = layer(centers, tokens[level - 1], prior)
             outputs.append(self.predict_centers(centers, boxes, embeddings))
         if self.with_masks and self.training:
             outputs[-1]["pixels"] = self.pixel_classifier(embeddings)  # (B, H, W, classes)

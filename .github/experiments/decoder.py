@@ -41,7 +41,6 @@ PARTS = {
     "own sides": ("inst", "det"),  # boxes move by inverse sigmoids, as in Deformable DETR
     "mask prior": ("inst", "sem"),
     "falloff": ("inst", "sem"),
-    "overlap": ("inst", "sem", "det"),
     "pixel loss": ("inst", "sem"),
     "several matches": ("inst", "sem", "det"),
     "silhouettes": ("inst", "sem"),
@@ -141,10 +140,6 @@ def top_down_off(model):
         linear.requires_grad_(False)  # it starts at zero, and stays there
 
 
-def no_overlap(layer):
-    layer.overlap.requires_grad_(False).zero_()
-
-
 def no_falloff(model):
     falloff = model.head.decoder.falloff.requires_grad_(False)
     nn.init.constant_(falloff.bias, -30)  # the log of next to nothing
@@ -156,7 +151,7 @@ def no_silhouettes(model):
 
 
 CHANGES = {"silhouettes": no_silhouettes, "own sides": book_boxes}
-CHANGES |= {"overlap": each_layer(no_overlap), "falloff": no_falloff}
+CHANGES |= {"falloff": no_falloff}
 CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": without("depthwise")}
 CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2)}
 CHANGES |= {"prior twice": with_forward(once=True), "added": with_forward(replace=True)}
