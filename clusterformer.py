@@ -508,8 +508,8 @@ class ClassificationHead(nn.Module):
 #
 # Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
 # from other work.  "Worth": the mask AP that a short run of inst on drawn scenes loses without the part alone (one
-# seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: without eight of them at once,
-# and with a learned logit of "no object", inst loses 0.12.  At full scale all of this may differ.
+# seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: a decoder without eight
+# of them and with a learned logit of "no object" was 0.12 behind.  At full scale all of this may differ.
 #
 #     part                                                            whose                      worth
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
