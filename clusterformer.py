@@ -264,7 +264,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
             M = self.similarity(C, q, keys, bias).softmax(1)  # the last E-step, (h B, K, N)
         if self.history is not None:
             self.record(centers, tokens, values, steps, M)
-        C = join_heads(C, h).to(centers.dtype)  # that of C(0): what it passes through is not rounded to bfloat16
+        C = join_heads(C, h).to(centers.dtype)  # the decoder's centers stay float32 under autocast
         return C, images_first(M, h).unflatten(-1, tokens.shape[1:-1])
 
     def record(self, centers, tokens, values, steps, M):
@@ -507,9 +507,10 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
 # Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
-# from other work.  "Worth": the mask AP that a short run of inst on drawn scenes loses without the part alone (one
-# seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: a decoder without eight
-# of them and with a learned logit of "no object" was 0.12 behind.  At full scale all of this may differ.
+# from other work.  "Worth": the mask AP that a short run of inst on drawn scenes lost when the part alone was left
+# out (one seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: a decoder without eight
+# of them and with a learned logit of "no object" was 0.12 behind.  * sem needs it: without it, mIoU was 0.05 to 0.08
+# lower after one of four epochs.  At full scale all of this may differ.
 #
 #     part                                                            whose                      worth
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
@@ -519,15 +520,15 @@ class ClassificationHead(nn.Module):
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
 #       head j looks at quadrant j                                    ours                       0.00
-#     and where its previous mask is                                  Mask2Former (2022)         0.00
+#     and where its previous mask is                                  Mask2Former (2022)         0.00 *
 #     each layer moves the previous box                               Deformable DETR (2021)
-#       in units of its sides                                         R-CNN (2014)               0.00
+#       in units of its sides                                         R-CNN (2014)              -0.01
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
 #       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
-#       less a falloff with the distance from the box                 ours                       0.00
-#       classes also see the mask, at 12 x 12 points                  ours                       0.00
-#     pixels predict their classes                                    MaX-DeepLab (2021)         0.00
+#       less a falloff with the distance from the box                 ours                       0.00 *
+#       classes also see the mask, at 12 x 12 points                  ours                       0.00 *
+#     pixels predict their classes                                    MaX-DeepLab (2021)        -0.02 *
 #     duplicates are removed                                          YOLACT (2019)              0.08
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
@@ -597,7 +598,8 @@ def box_distance(boxes, height, width):
     """
     middle_x, middle_y, w, h = boxes.float().unsqueeze(-1).unbind(-2)  # (..., 1) each
     x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
-    horizontal = ((x - middle_x) / (w.clamp(min=0.01) / 2)) ** 2  # (..., width); of 1 % of the image at least
+    # A side counts as at least 1 % of the image: near 0, distances would explode.
+    horizontal = ((x - middle_x) / (w.clamp(min=0.01) / 2)) ** 2  # (..., width)
     vertical = ((y - middle_y) / (h.clamp(min=0.01) / 2)) ** 2  # (..., height)
     return vertical[..., None] + horizontal[..., None, :]
 
@@ -1160,10 +1162,10 @@ class ClusterFormer(nn.Module):
         return self.head(self.backbone.features(images))
 
     def loss(self, output, targets):
-        """Losses of a batch: a dictionary of scalars, sums over its images (cls) or targets.  Without autocast.
+        """Losses of a batch: a dictionary of scalars, sums over its images (cls) or targets.
 
         Divide them by count(targets), summed over all processes; a mean of means would weigh the
-        targets of crowded batches less.
+        targets of crowded batches less.  Call it outside of autocast, which would round the costs of matches.
         output: from forward.  targets, on the same device:
             cls          (B,) int64 classes, or (B, classes) float probabilities (as from mixup)
             dense tasks  a list of a dictionary per image, with n >= 0 targets:
