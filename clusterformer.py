@@ -960,23 +960,6 @@ def set_losses(output, targets, stride):
 # --------------------------------------------------------------------------------------------------
 # 10. The heads of the dense tasks, and their final predictions
 # --------------------------------------------------------------------------------------------------
-def mask_bands(masks, stride, image_size, size, rows=16):
-    """Mask probabilities in the final size, a band of rows after the other: bilinear samples of the logits.
-
-    In one piece, 100 masks of a photograph of 12 megapixels would take 4.8 GB.
-    masks: logits (K, h, w) at a stride of the padded image.  image_size: (H, W) of the image without
-    its padding.  size: the final (H, W).
-    Yields slices of rows, and probabilities (K, rows of the slice, W) float32.
-    """
-    maps, lengths = masks.float()[None], zip(size, image_size, masks.shape[1:])
-    # Middles of the final pixels, as fractions of the padded image.
-    y, x = (token_positions(n, masks.device) * side / (stride * cells) for n, side, cells in lengths)
-    for start in range(0, size[0], rows):
-        points = torch.stack(torch.meshgrid(x, y[start : start + rows], indexing="xy"), -1)  # (rows, W, 2)
-        band = F.grid_sample(maps, 2 * points[None].to(maps) - 1, padding_mode="border", align_corners=False)[0]
-        yield slice(start, start + rows), band.sigmoid()
-
-
 def top_detections(probability, boxes):
     """The best (center, class) pairs, at most 100 (Deformable DETR, 2021), without duplicates.
 
@@ -994,7 +977,7 @@ def top_detections(probability, boxes):
 class DenseHead(nn.Module):
     """What detection and segmentation share.  A task adds final_prediction, for one image:
 
-    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks: mask_bands.  size: the final (H, W).
+    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks: probabilities (K, H, W), or None.
     """
 
     with_masks = True
@@ -1029,8 +1012,12 @@ class DenseHead(nn.Module):
             probability = class_probability(output["logits"][i])  # (K, classes)
             boxes = cxcywh_to_xyxy(output["boxes"][i].float() * sides).clamp(0, 1)
             boxes = boxes * torch.tensor(size[::-1] * 2, device=boxes.device)
-            masks = mask_bands(output["masks"][i], self.stride, image_size, size) if self.with_masks else None
-            predictions.append(self.final_prediction(probability, boxes, masks, size))
+            masks = None
+            if self.with_masks:  # in the final size: 400 bytes per pixel if K = 100
+                masks = F.interpolate(output["masks"][i : i + 1].float(), scale_factor=self.stride, mode="bilinear")
+                masks = masks[:, :, : image_size[0], : image_size[1]]  # without the padding
+                masks = F.interpolate(masks, size, mode="bilinear")[0].sigmoid()
+            predictions.append(self.final_prediction(probability, boxes, masks))
         return predictions
 
 
@@ -1039,7 +1026,7 @@ class DetectionHead(DenseHead):
 
     with_masks = False
 
-    def final_prediction(self, probability, boxes, masks, size):
+    def final_prediction(self, probability, boxes, masks):
         scores, labels, centers = top_detections(probability, boxes)
         return {"scores": scores, "labels": labels, "boxes": boxes[centers]}
 
@@ -1047,31 +1034,21 @@ class DetectionHead(DenseHead):
 class InstanceHead(DenseHead):
     """inst: boxes and masks.  A score is class probability times mean mask probability (Mask2Former)."""
 
-    def final_prediction(self, probability, boxes, masks, size):
+    def final_prediction(self, probability, boxes, masks):
         scores, labels, centers = top_detections(probability, boxes)
-        inside = torch.empty(len(centers), *size, dtype=torch.bool, device=centers.device)
-        total = count = 0
-        for rows, mask in masks:
-            mask = mask[centers]
-            inside[:, rows] = mask > 0.5
-            total = total + (mask * inside[:, rows]).sum((1, 2))
-            count = count + inside[:, rows].sum((1, 2))
-        scores = scores * total / count.clamp(min=1)
+        masks = masks[centers]  # (n, H, W)
+        inside = masks > 0.5
+        scores = scores * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
         order = scores.argsort(descending=True)
-        for part in inside.split(64, dim=1):  # in place: all masks of a large photograph take a gigabyte
-            part.copy_(part[order])
         boxes = boxes[centers[order]]
-        return {"scores": scores[order], "labels": labels[order], "boxes": boxes, "masks": inside}
+        return {"scores": scores[order], "labels": labels[order], "boxes": boxes, "masks": inside[order]}
 
 
 class SemanticHead(DenseHead):
     """sem: the class of each pixel, by the largest sum of class probability times mask (MaskFormer, 2021)."""
 
-    def final_prediction(self, probability, boxes, masks, size):
-        labels = torch.empty(size, dtype=torch.int64, device=probability.device)
-        for rows, mask in masks:
-            labels[rows] = torch.einsum("kc,khw->chw", probability, mask).argmax(0)
-        return {"semantic": labels}
+    def final_prediction(self, probability, boxes, masks):
+        return {"semantic": torch.einsum("kc,khw->chw", probability, masks).argmax(0)}
 
 
 class PanopticHead(DenseHead):
@@ -1081,21 +1058,18 @@ class PanopticHead(DenseHead):
     there.  A center that wins less than 0.6 of its mask is a duplicate, and gets no segment.
     """
 
-    def final_prediction(self, probability, boxes, masks, size):
+    def final_prediction(self, probability, boxes, masks):
         scores, labels = probability.max(1)
         confident = scores > 0.25  # Mask DINO's
-        scores, labels = scores[confident], labels[confident]
-        winner = torch.full(size, -1, device=scores.device)  # center of each pixel; -1: none
-        area = torch.zeros_like(labels)
-        for rows, mask in masks if len(scores) else ():
-            mask = mask[confident]
-            area = area + (mask > 0.5).sum((1, 2))
-            best = (scores[:, None, None] * mask).argmax(0)  # (rows, W)
-            winner[rows] = torch.where(mask.gather(0, best[None])[0] > 0.5, best, -1)
-        ids, segments = torch.zeros_like(winner), []
+        scores, labels, masks = scores[confident], labels[confident], masks[confident]
+        ids, segments = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device), []
+        if not len(scores):
+            return {"panoptic": ids, "segments": segments}
+        winner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
         for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
-            won = winner == k
-            if won.sum() < max(1, 0.6 * area[k]):
+            inside = masks[k] > 0.5
+            won = inside & (winner == k)
+            if won.sum() < max(1, 0.6 * inside.sum()):
                 continue
             segment = next((one for one in segments if one["label"] == label and not one["isthing"]), None)
             if segment is None:

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 import types
-import weakref
 from collections import Counter
 
 import numpy as np
@@ -263,49 +262,26 @@ def test_predict_pads_at_the_bottom_and_right_and_crops_what_it_returns(monkeypa
         assert {mask.numpy().tobytes() for mask in found["masks"]} == masks
 
 
-def live_bytes(function):
-    """The largest number of bytes in tensors, at one time, that were made while a function ran."""
-    count = Counter()
-
-    class Counts(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            result = op(*args, **(kwargs or {}))
-            for x in torch.utils._pytree.tree_leaves(result):
-                if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in alive:
-                    alive[storage._cdata] = size = storage.nbytes()
-                    count["now"] += size
-                    count["most"] = max(count["most"], count["now"])
-                    weakref.finalize(storage, lambda i=storage._cdata: count.update(now=-alive.pop(i)))
-            return result
-
-    alive = {}
-    with Counts():
-        kept = function()  # noqa: F841  what it returns counts, too
-    return count["most"]
-
-
-@pytest.mark.parametrize("task", ["inst", "sem", "pan"])
-def test_a_large_photograph_takes_little_memory(task):
-    """A quarter of 12 megapixels: the 100 masks as float32 would be 1.2 GB."""
-    model, image = random_model(task), torch.rand(3, 96, 128)
-    small, large = (live_bytes(lambda: model.predict([image], [size])) for size in ((96, 128), (1500, 2000)))
-    assert large - small < 1.5e9 / 4
-
-
-@pytest.mark.parametrize("size, final", [((96, 96), (201, 130)), ((96, 96), (33, 41)), ((70, 50), (70, 50))])
-def test_masks_in_bands_are_those_that_torch_resizes_in_one_piece(size, final):
-    masks = 4 * torch.randn(6, 24, 24)
-    whole = F.interpolate(masks[None], final if size == (96, 96) else (96, 96), mode="bilinear")[0]
-    whole = whole[:, : final[0], : final[1]].sigmoid()  # without the padding
-    bands = lambda: cf.mask_bands(masks, 4, size, final, rows=10)
-    torch.testing.assert_close(torch.cat([band for _, band in bands()], 1), whole, atol=1e-5, rtol=1e-5)
-    probability, boxes = torch.rand(6, 2), torch.arange(6.0)[:, None] + torch.tensor([0.0, 0.0, 0.5, 0.5])
-    found = cf.InstanceHead.final_prediction(None, probability, boxes, bands(), final)
-    centers, sure = found["boxes"][:, 0].long(), (whole - 0.5).abs() > 1e-5
-    assert torch.equal(found["masks"] & sure[centers], (whole[centers] > 0.5) & sure[centers])
-    expected = probability[centers, found["labels"]] * torch.stack([x[x > 0.5].mean() for x in whole[centers]])
-    torch.testing.assert_close(found["scores"], expected, atol=1e-3, rtol=1e-3)
-    assert len(centers) == 12 and torch.equal(found["scores"], found["scores"].sort(descending=True).values)
+@pytest.mark.parametrize("size, final", [((96, 96), (201, 130)), ((96, 96), (33, 41)), ((70, 50), (70, 50)), ((70, 50), (35, 70))])
+def test_masks_are_resized_scored_and_sorted(size, final):
+    """Logits that rise to the right, or to the bottom: bilinear samples of a slope are known in any size."""
+    rise = 4 * torch.arange(24) + 2.0  # at the middles of mask pixels, in pixels of the padded image
+    masks = torch.stack([(rise - 0.31 * size[1]).expand(24, 24), (rise - 0.31 * size[0])[:, None].expand(24, 24)])
+    logits, boxes = torch.tensor([[3.0, 0.0], [1.0, 2.0]]), torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.1, 0.1]])
+    head = cf.ClusterFormer("inst", "nano", num_classes=2).head
+    (found,) = head.predict(dict(logits=logits[None], boxes=boxes[None], masks=masks[None]), size, [final])
+    y, x = ((np.arange(n) + 0.5) * side / n - 0.31 * side for n, side in zip(final, size))
+    slopes = [np.broadcast_to(x, final), np.broadcast_to(y[:, None], final)]
+    pairs = [(0, 0), (1, 1), (1, 0), (0, 1)]  # center and class
+    expected = []
+    for center, label in pairs:
+        weights, slope = np.exp([*logits[center].tolist(), 0.0]), slopes[center]  # the last: "no object"
+        expected.append((weights[label] / weights.sum() * (1 / (1 + np.exp(-slope)))[slope > 0].mean(), center, label))
+    expected.sort(reverse=True)
+    np.testing.assert_allclose(found["scores"], [score for score, _, _ in expected], atol=1e-3)
+    assert found["labels"].tolist() == [label for _, _, label in expected]
+    for mask, (_, center, _) in zip(found["masks"].numpy(), expected):
+        assert np.array_equal(mask, slopes[center] > 0)
 
 
 def test_the_trace_holds_every_iteration_of_every_clustering_and_changes_nothing():
@@ -533,7 +509,7 @@ def test_classes_of_centers_and_pixels_worked_out_by_hand():
     assert list(found) == [(pytest.approx(score), label, center) for score, label, center in expected]
     probability = torch.tensor([[0.6, 0.0], [0.0, 0.5], [0.0, 0.4]])
     masks = torch.tensor([[9.0, 9.0, 9.0], [9.0, -9.0, 9.0], [-9.0, -9.0, 9.0]]).view(3, 1, 3).sigmoid()
-    found = cf.SemanticHead.final_prediction(None, probability, None, [(slice(0, 1), masks)], (1, 3))
+    found = cf.SemanticHead.final_prediction(None, probability, None, masks)
     assert found["semantic"].tolist() == [[0, 0, 1]]  # 0.6 : 0.5, 0.6 : 0, 0.6 : 0.9
 
 
@@ -543,7 +519,7 @@ def test_panoptic_segments_of_a_case_worked_out_by_hand():
 
     def segments_of(probability, things):
         head = types.SimpleNamespace(things=things)
-        return cf.PanopticHead.final_prediction(head, probability, None, [(slice(0, 1), masks)], (1, 6)).values()
+        return cf.PanopticHead.final_prediction(head, probability, None, masks).values()
 
     probability = torch.zeros(5, 3)
     probability[[0, 1, 2, 3, 4], [0, 0, 2, 2, 1]] = torch.tensor([0.9, 0.5, 0.6, 0.95, 0.05])
