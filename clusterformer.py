@@ -797,28 +797,26 @@ def hungarian(cost):
     n, m = cost.shape
     if n > m:
         return hungarian(cost.T)[::-1]
-    row_price, column_price = np.zeros(n), np.zeros(m)
-    owner = np.full(m, -1)  # the row that has each column
+    row_price, column_price = np.zeros(n), np.zeros(m + 1)
+    owner = np.full(m + 1, -1)  # the row that has each column; every search starts from an extra column m
     for row in range(n):
-        distance, before, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
-        column, at, traveled = -1, row, 0.0
-        while True:  # Dijkstra's search for a free column; a taken one continues from its owner
-            step = traveled + cost[at] - row_price[at] - column_price
+        column, owner[m] = m, row
+        distance, before, done = np.full(m + 1, np.inf), np.full(m + 1, m), np.zeros(m + 1, bool)
+        while owner[column] >= 0:  # Dijkstra's search for a free column: a taken one continues from its owner
+            done[column], at = True, owner[column]
+            step = np.append(cost[at] - row_price[at], np.inf) - column_price
             nearer = ~done & (step < distance)
             distance[nearer], before[nearer] = step[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-            done[column], traveled, at = True, distance[column], owner[column]
-            if at < 0:
-                break
-        passed = done & (distance < traveled)
-        row_price[row] += traveled
-        row_price[owner[passed]] += traveled - distance[passed]
-        column_price[passed] += distance[passed] - traveled
-        while column >= 0:  # back along the path, each row takes the next column
-            previous = before[column]
-            owner[column] = row if previous < 0 else owner[previous]
-            column = previous
-    columns = np.flatnonzero(owner >= 0)
+            # Costs less prices stay at least 0, as Dijkstra needs, and are 0 along the path.
+            traveled = distance[column]
+            row_price[owner[done]] += traveled
+            column_price[done] -= traveled
+            distance -= traveled
+        while column != m:  # back along the path, each row takes the next column
+            owner[column] = owner[before[column]]
+            column = before[column]
+    columns = np.flatnonzero(owner[:m] >= 0)
     return owner[columns], columns
 
 
