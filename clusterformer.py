@@ -519,10 +519,8 @@ class ClassificationHead(nn.Module):
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
-#       head j looks at quadrant j                                    ours                       0.00
 #     and where its previous mask is                                  Mask2Former (2022)         0.00 *
 #     each layer moves the previous box                               Deformable DETR (2021)
-#       in units of its sides                                         R-CNN (2014)              -0.01
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
 #       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
@@ -604,25 +602,17 @@ def box_distance(boxes, height, width):
     return vertical[..., None] + horizontal[..., None, :]
 
 
-# Middles (x, y) of the quadrants of a box from its own middle, in its sides.
-QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)
-
-
 def box_prior(boxes, height, width):
-    """Log prior of where a center's tokens are: in head j, a Gaussian over quadrant j of its box.
+    """Log prior of where a center's tokens are: a Gaussian over its box (SMCA, 2021).
 
-    The mean over a whole object says what the object consists of, but not how it is arranged.  With
-    quadrants, a corner at the top left and one at the bottom right are different features.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
-    Returns (4, B, K, N).
+    Returns (B, K, N).
     """
-    offsets = torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
-    middles, sides = boxes[..., :2] + offsets * boxes[..., 2:], boxes[..., 2:] / 2
-    # A quadrant is at least one token wide: a narrower Gaussian could lie between the tokens.
-    sides = torch.maximum(sides, torch.tensor([1 / width, 1 / height], device=boxes.device)).expand_as(middles)
-    distance = box_distance(torch.cat([middles, sides], -1), height, width)  # (4, B, K, H, W)
+    # A box is at least one token wide: a narrower Gaussian could lie between the tokens.
+    sides = torch.maximum(boxes[..., 2:], torch.tensor([1 / width, 1 / height], device=boxes.device))
+    distance = box_distance(torch.cat([boxes[..., :2], sides], -1), height, width)  # (B, K, H, W)
     # -2: sigma is half of half a side.  At least -20: far from all boxes, S decides, not which box is nearer.
-    return (-2 * distance).clamp(min=-20).flatten(3)
+    return (-2 * distance).clamp(min=-20).flatten(2)
 
 
 def mask_prior(masks, factor):
@@ -651,13 +641,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim, iterations=3):
         super().__init__()
         self.norm, self.attention_norm = LayerNorm(dim), LayerNorm(dim)
+        heads = max(1, dim // HEAD_DIM)
         # A scale of 2, not 10: an object's center should also collect parts that look different.
-        self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
-        self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
+        self.cluster = RecurrentCrossAttentionClustering(dim, heads, iterations, scale=2.0)
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.ffn = prenorm_mlp(dim, 4)
 
     def forward(self, centers, tokens, prior):
-        """centers: (B, K, D).  tokens: map (B, H, W, D).  prior: log prior (4, B, K, N).  Returns (B, K, D)."""
+        """centers: (B, K, D).  tokens: map (B, H, W, D).  prior: log prior (B, K, N).  Returns (B, K, D)."""
         centers, _ = self.cluster(self.norm(centers), tokens, prior)
         x = self.attention_norm(centers)
         centers = centers + self.attention(x, x, x, need_weights=False)[0]
@@ -742,11 +733,7 @@ class Decoder(nn.Module):
         embeddings: of the pixels, (B, H, W, D), or None.
         """
         x = self.norm(centers)
-        move, stretch = self.box(x).float().chunk(2, -1)  # in units of the sides
-        middles, sides = boxes[..., :2], boxes[..., 2:].clamp(min=0.01)
-        boxes = torch.cat([middles + sides * move, sides * stretch.clamp(max=4).exp()], -1)
-        low, high = cxcywh_to_xyxy(boxes).clamp(0, 1).chunk(2, -1)
-        boxes = torch.cat([(low + high) / 2, high - low], -1)
+        boxes = (boxes.logit(1e-3) + self.box(x).float()).sigmoid()
         output = dict(logits=in_full_precision(self.classifier, x), boxes=boxes)
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)

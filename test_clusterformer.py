@@ -450,17 +450,12 @@ def test_masks_of_another_size_than_the_images_are_refused():
 # --------------------------------------------------------------------------------------------------
 # Detection and segmentation
 # --------------------------------------------------------------------------------------------------
-def test_the_box_prior_is_the_log_of_a_gaussian_over_a_quadrant():
+def test_the_box_prior_is_the_log_of_a_gaussian_over_the_box():
     boxes = torch.tensor([[[0.5, 0.3, 0.4, 0.2], [0.5, 0.3, 0.4, 0.02]]])
     x = y = (np.arange(10) + 0.5) / 10
-    for box, height in enumerate((0.1, 0.1)):  # a quadrant is at least as high as a token
-        priors = cf.box_prior(boxes, 10, 10)[:, 0, box].view(4, 10, 10)
-        up = boxes[0, box, 3].item() / 4
-        quadrants = (0.3 - up, 0.4), (0.3 - up, 0.6), (0.3 + up, 0.4), (0.3 + up, 0.6)  # centers, y and x
-        for prior, (middle_y, middle_x) in zip(priors, quadrants):
-            horizontal, vertical = (x[None] - middle_x) / 0.05, (y[:, None] - middle_y) / (height / 4)
-            expected = -(horizontal**2 + vertical**2) / 2  # sigma: a quarter of a side
-            np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
+    for prior, height in zip(cf.box_prior(boxes, 10, 10)[0].view(2, 10, 10), (0.2, 0.1)):  # a token is 0.1 high
+        horizontal, vertical = (x - 0.5) / 0.1, (y[:, None] - 0.3) / (height / 4)  # sigma: a quarter of a side
+        np.testing.assert_allclose(prior, (-(horizontal**2 + vertical**2) / 2).clip(min=-20), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(12, 12), (7, 25), (40, 33)])
@@ -475,15 +470,15 @@ def test_centers_start_as_the_means_of_the_cells_that_are_their_first_boxes(heig
     assert cf.InitialCenters(8)(x[:, :3, :4]).shape[1] == 2 * 2  # in the backbone, a cell has two tokens a side
 
 
-def test_a_box_is_the_previous_one_moved_by_fractions_of_its_sides_and_stretched():
+def test_a_box_is_the_previous_one_moved_by_inverse_sigmoids():
     decoder = random_model("det").head.decoder
     centers, boxes = torch.randn(1, 2, 128), torch.tensor([[[0.5, 0.4, 0.2, 0.1], [0.9, 0.5, 0.3, 0.2]]])
     for parameter in decoder.box[-1].parameters():
         parameter.data.zero_()  # as at first
-    found = lambda: decoder.predict_centers(centers, boxes, None)["boxes"][0]
-    torch.testing.assert_close(found(), torch.tensor([[0.5, 0.4, 0.2, 0.1], [0.875, 0.5, 0.25, 0.2]]))  # in the image
-    decoder.box[-1].bias.data = torch.tensor([0.5, -1.0, math.log(1.5), 0.0])
-    torch.testing.assert_close(found()[0], torch.tensor([0.6, 0.3, 0.3, 0.1]))
+    found = lambda: decoder.predict_centers(centers, boxes, None)["boxes"]
+    torch.testing.assert_close(found(), boxes)
+    decoder.box[-1].bias.data = torch.tensor([math.log(3), 0.0, -math.log(2), math.log(9)])
+    torch.testing.assert_close(found()[0, 0], torch.tensor([0.75, 0.4, 1 / 9, 0.5]))  # 1:1 -> 3:1, 1:4 -> 1:8, 1:9 -> 9:9
 
 
 @pytest.mark.parametrize("size", [48, 192])

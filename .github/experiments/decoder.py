@@ -3,7 +3,7 @@
 
     python .github/experiments/decoder.py --list
     python .github/experiments/decoder.py --work DIR          takes jobs until none is left; start one per core
-    python .github/experiments/decoder.py --job "quadrants" inst 0 DIR
+    python .github/experiments/decoder.py --job "falloff" inst 0 DIR
     python .github/experiments/decoder.py --table
     git show 3264464:clusterformer.py > old.py && python .github/experiments/decoder.py --step old.py
 
@@ -20,7 +20,6 @@ import math
 import os
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -37,8 +36,6 @@ METRICS = dict(det="AP", inst="mask_AP", sem="miou", pan="PQ")
 PARTS = {
     "nothing": ("det", "inst", "sem", "pan"),  # seeds 0, 1 and 2
     "prior": ("inst",),  # clusterings see the whole map
-    "quadrants": ("inst", "det"),  # one Gaussian over the box in all heads, as in SMCA
-    "own sides": ("inst", "det"),  # boxes move by inverse sigmoids, as in Deformable DETR
     "mask prior": ("inst", "sem"),
     "falloff": ("inst", "sem"),
     "pixel loss": ("inst", "sem"),
@@ -58,12 +55,6 @@ PARTS = {
 # --------------------------------------------------------------------------------------------------
 # Changes: functions of the module are replaced, or a model is changed after it was built
 # --------------------------------------------------------------------------------------------------
-def whole_box_prior():
-    """One Gaussian over the whole box in all heads: quadrants of a box of twice its sides, all in its middle."""
-    cf.QUADRANTS, quadrants = ((0.0, 0.0),) * 4, cf.box_prior
-    cf.box_prior = lambda boxes, h, w: quadrants(torch.cat([boxes[..., :2], 2 * boxes[..., 2:]], -1), h, w)
-
-
 def clustering(self, centers, tokens, bias=None, once=False, replace=False):
     """forward() of the clustering, with the prior in M only, or with means that replace the centers."""
     B, h = tokens.shape[0], self.num_heads
@@ -83,27 +74,8 @@ def clustering(self, centers, tokens, bias=None, once=False, replace=False):
 
 
 class Nothing(nn.Module):
-    """Zeros, of the width of the input or of another."""
-
-    def __init__(self, width=None):
-        super().__init__()
-        self.width = width
-
     def forward(self, x):
-        return torch.zeros_like(x[..., : self.width])
-
-
-def book_boxes(model):
-    """Boxes move by inverse sigmoids, as in Deformable DETR; what the module does after that moves them no more."""
-    decoder = model.head.decoder
-    decoder.book_box, decoder.box = decoder.box, Nothing(4)
-    # A method, not a closure: train.py copies the model for its averaged weights, and a closure would keep the first.
-    decoder.predict_centers = types.MethodType(predict_book_boxes, decoder)
-
-
-def predict_book_boxes(self, centers, boxes, embeddings):
-    boxes = (boxes.logit(1e-3) + self.book_box(self.norm(centers)).float()).sigmoid()
-    return type(self).predict_centers(self, centers, boxes, embeddings)
+        return torch.zeros_like(x)
 
 
 def each_layer(change):
@@ -150,7 +122,7 @@ def no_silhouettes(model):
         parameter.requires_grad_(False)  # they start at zero, and stay there
 
 
-CHANGES = {"silhouettes": no_silhouettes, "own sides": book_boxes, "falloff": no_falloff}
+CHANGES = {"silhouettes": no_silhouettes, "falloff": no_falloff}
 CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": without("depthwise")}
 CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2)}
 CHANGES |= {"prior twice": with_forward(once=True), "added": with_forward(replace=True)}
@@ -161,9 +133,7 @@ def apply(parts):
     changes = []  # of a model, after it was built
     for part in parts.split(" + "):
         if part == "prior":
-            cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
-        elif part == "quadrants":
-            whole_box_prior()
+            cf.box_prior = lambda boxes, height, width: boxes.new_zeros(*boxes.shape[:2], height * width)
         elif part == "mask prior":
             cf.mask_prior = lambda masks, factor: masks.new_zeros(*masks.shape[:2], masks[0, 0].numel() // factor**2)
         elif part == "pixel loss":
