@@ -88,7 +88,7 @@ VARIANTS = {
     "tiny": TINY,
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
-VERSION = 8  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
+VERSION = 9  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
@@ -104,8 +104,8 @@ TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 def grid_shape(height, width, grid=GRID, min_cell=2):
     """Rows and columns of the grid that centers start from, on a map of height x width tokens.
 
-    grid: cells per side, at most.  min_cell: side of a cell in tokens, at least.  It is 2 in the
-    backbone, where a cluster of a single token would have nothing to aggregate, and 1 in the decoder.
+    grid: cells per side, at most.  min_cell: side of a cell in tokens, at least.  It is 2 in the backbone, where a
+    cluster of a single token would have nothing to aggregate, and 1 in the decoder, whose centers leave their cells.
     """
     return min(grid, -(-height // min_cell)), min(grid, -(-width // min_cell))
 
@@ -507,26 +507,25 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
 # Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
-# from other work.  "Worth": the mask AP that a short run of inst on drawn scenes lost when the part alone was left
-# out (one seed, which may be off by 0.02; no figure: not tried).  Parts replace one another: a decoder without eight
-# of them and with a learned logit of "no object" was 0.12 behind.  * sem needs it: without it, mIoU was 0.05 to 0.08
-# lower after one of four epochs.  At full scale all of this may differ.
+# from other work.  "inst" and "sem": what a part is worth there, in mask AP after a short run on drawn scenes and in
+# mIoU after a quarter of one, each part left out alone.  It is one seed, which may be off by 0.02; parts replace one
+# another, and at full scale all of this may differ.  No figure: not tried.
 #
-#     part                                                            whose                      worth
+#     part                                                            whose                      inst   sem
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
 #       the addition starts at zero                                   ours                       0.04
 #       a depthwise 3 x 3 convolution follows                         ours                       0.01
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
-#     and where its previous mask is                                  Mask2Former (2022)         0.00 *
+#     and where its previous mask is                                  Mask2Former (2022)         0.00  0.05
 #     each layer moves the previous box                               Deformable DETR (2021)
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
 #       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
-#       less a falloff with the distance from the box                 ours                       0.00 *
-#       classes also see the mask, at 12 x 12 points                  ours                       0.00 *
-#     pixels predict their classes                                    MaX-DeepLab (2021)        -0.02 *
+#       less a falloff with the distance from the box                 ours                       0.00  0.09
+#       classes also see the mask, at 12 x 12 points                  ours                       0.00  0.08
+#     pixels predict their classes                                    MaX-DeepLab (2021)        -0.02  0.05
 #     duplicates are removed                                          YOLACT (2019)              0.08
 # --------------------------------------------------------------------------------------------------
 class Neck(nn.Module):
@@ -557,16 +556,10 @@ class Neck(nn.Module):
         return outputs
 
 
-def cell_boxes(height, width, device):
+def cell_boxes(rows, columns, device):
     """Boxes of the grid cells that centers start from, (K, 4) cxcywh as fractions of the image."""
-    middles, sides = [], []
-    for tokens, cells in zip((height, width), grid_shape(height, width, OBJECT_GRID, min_cell=1)):
-        cell = torch.arange(cells, device=device)
-        start, end = cell * tokens // cells, -((cell + 1) * tokens // -cells)  # cells may share a token
-        middles.append((start + end) / (2 * tokens))
-        sides.append((end - start) / tokens)
-    (y, x), (h, w) = (torch.meshgrid(*pair, indexing="ij") for pair in (middles, sides))  # (kh, kw) each
-    return torch.stack([x, y, w, h], -1).flatten(0, 1)
+    y, x = torch.meshgrid(token_positions(rows, device), token_positions(columns, device), indexing="ij")
+    return torch.stack([x, y, torch.full_like(x, 1 / columns), torch.full_like(y, 1 / rows)], -1).flatten(0, 1)
 
 
 def cxcywh_to_xyxy(boxes):
@@ -596,9 +589,9 @@ def box_distance(boxes, height, width):
     """
     middle_x, middle_y, w, h = boxes.float().unsqueeze(-1).unbind(-2)  # (..., 1) each
     x, y = token_positions(width, boxes.device), token_positions(height, boxes.device)
-    # A side counts as at least 1 % of the image: near 0, distances would explode.
-    horizontal = ((x - middle_x) / (w.clamp(min=0.01) / 2)) ** 2  # (..., width)
-    vertical = ((y - middle_y) / (h.clamp(min=0.01) / 2)) ** 2  # (..., height)
+    # A side counts as at least one token: a narrower prior could lie between the tokens.
+    horizontal = ((x - middle_x) / (w.clamp(min=1 / width) / 2)) ** 2  # (..., width)
+    vertical = ((y - middle_y) / (h.clamp(min=1 / height) / 2)) ** 2  # (..., height)
     return vertical[..., None] + horizontal[..., None, :]
 
 
@@ -608,11 +601,8 @@ def box_prior(boxes, height, width):
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
     Returns (B, K, N).
     """
-    # A box is at least one token wide: a narrower Gaussian could lie between the tokens.
-    sides = torch.maximum(boxes[..., 2:], torch.tensor([1 / width, 1 / height], device=boxes.device))
-    distance = box_distance(torch.cat([boxes[..., :2], sides], -1), height, width)  # (B, K, H, W)
     # -2: sigma is half of half a side.  At least -20: far from all boxes, S decides, not which box is nearer.
-    return (-2 * distance).clamp(min=-20).flatten(2)
+    return (-2 * box_distance(boxes, height, width)).clamp(min=-20).flatten(2)
 
 
 def mask_prior(masks, factor):
@@ -655,14 +645,6 @@ class DecoderLayer(nn.Module):
         return centers + self.ffn(centers)
 
 
-def class_probability(logits):
-    """Softmax over the classes and "no object": (..., classes) -> (..., classes).
-
-    Ours: the logit of "no object" is 0.  Centers would learn one of its own long before they learn the classes.
-    """
-    return F.pad(logits.float(), (0, 1)).softmax(-1)[..., :-1]
-
-
 def mlp(dim, out):
     """D -> D -> D -> out, without norm and residual, as in DETR's heads."""
     return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
@@ -703,14 +685,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.levels, self.with_masks = levels, with_masks
         self.token_norm = LayerNorm(dim)
-        # Unlike in the backbone, a cell may be a single token: a center is not bound to its cell,
-        # and a small map may still hold many objects.
         self.initial = InitialCenters(dim, OBJECT_GRID, min_cell=1)
         self.layers = nn.ModuleList(DecoderLayer(dim, iterations) for _ in levels)
         self.norm = LayerNorm(dim)
-        self.classifier = nn.Linear(dim, num_classes)
-        # At first, "no object" has a probability of 0.9, and the classes share the rest.
-        nn.init.constant_(self.classifier.bias, -math.log(9 * num_classes))
+        self.classifier = nn.Linear(dim, num_classes + 1)  # the last class is "no object"
+        nn.init.constant_(self.classifier.bias[-1:], math.log(9 * num_classes))  # at first, its probability is 0.9
         self.box = mlp(dim, 4)
         nn.init.zeros_(self.box[-1].weight)  # at first, a box is the previous one
         nn.init.zeros_(self.box[-1].bias)
@@ -719,10 +698,8 @@ class Decoder(nn.Module):
             self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
             self.mask = mlp(dim, dim)
             self.falloff = nn.Linear(dim, 1)  # its log
-            nn.init.zeros_(self.falloff.weight)
-            nn.init.constant_(self.falloff.bias, math.log(0.25))  # -1 in a corner of the box
             self.pixel_classifier = nn.Linear(dim, num_classes)
-            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes)
+            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes + 1)
             self.silhouette = nn.Sequential(first, nn.GELU(), last)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -737,9 +714,10 @@ class Decoder(nn.Module):
         output = dict(logits=in_full_precision(self.classifier, x), boxes=boxes)
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
-            # A center says how much the distance from its box counts: much among similar objects, little for the sky.
+            # A center learns how much the distance counts: much among similar objects, little for the sky.  It starts
+            # with a factor of about 0.5, so that a pixel in a corner of the box loses 1.
             distance = box_distance(boxes.detach(), *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
-            masks = masks - (2 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
+            masks = masks - (0.5 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
             silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
             output |= dict(masks=masks, logits=output["logits"] + silhouettes)
         return output
@@ -752,7 +730,8 @@ class Decoder(nn.Module):
         embeddings = self.pixel(maps[0] + self.pixel_mlp(maps[0])) if self.with_masks else None
         tokens = [self.token_norm(x) for x in maps[-3:]]
         centers = self.initial(tokens[0])  # (B, K, D)
-        boxes = cell_boxes(*tokens[0].shape[1:3], centers.device).expand(centers.shape[0], -1, -1)
+        cells = grid_shape(*tokens[0].shape[1:3], OBJECT_GRID, min_cell=1)
+        boxes = cell_boxes(*cells, centers.device).expand(centers.shape[0], -1, -1)
         outputs = [self.predict_centers(centers, boxes, embeddings)]
         for level, layer in zip(self.levels, self.layers):
             boxes = outputs[-1]["boxes"].detach()  # no gradient from the next layer's losses
@@ -776,9 +755,8 @@ NUM_POINTS = 12_544  # at which a mask is compared, at most; a quarter of a smal
 
 
 def hungarian(cost):
-    """The cheapest pairs of rows and columns (Jonker and Volgenant, 1987).
+    """The cheapest pairs of rows and columns (Jonker and Volgenant, 1987), as SciPy's linear_sum_assignment.
 
-    It is scipy.optimize.linear_sum_assignment without SciPy, in NumPy.
     cost: float64 (n, m), finite.  Returns rows and columns of min(n, m) pairs, int64.
     """
     n, m = cost.shape
@@ -835,7 +813,7 @@ def matching_cost(output, target):
     labels, boxes, truth = target["labels"], output["boxes"].float(), target["boxes"]
     _, giou = iou_and_giou(cxcywh_to_xyxy(truth)[:, None], cxcywh_to_xyxy(boxes))
     cost = LOSS_WEIGHTS["l1"] * torch.cdist(truth, boxes, p=1) - LOSS_WEIGHTS["giou"] * giou
-    cost -= LOSS_WEIGHTS["label"] * class_probability(output["logits"])[:, labels].T
+    cost -= LOSS_WEIGHTS["label"] * output["logits"].float().softmax(-1)[:, labels].T
     if "masks" in output:
         masks, truth = output["masks"].float(), target["masks"].float()
         points = torch.rand(1, min(NUM_POINTS, masks[0].numel() // 4), 2, device=masks.device)  # the same for all masks
@@ -911,9 +889,8 @@ def set_losses(output, targets, stride):
 
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
     Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks; pixel in training, too.
-    Raises ValueError for masks of another size than the images, which would be compared shifted.
     """
-    if "masks" in output:
+    if "masks" in output:  # those of another size would be compared shifted
         size = tuple(stride * side for side in output["masks"].shape[2:])
         for target in targets:
             if (got := tuple(target["masks"].shape))[1:] != size:
@@ -924,7 +901,7 @@ def set_losses(output, targets, stride):
     image, layer, center, target, times = match(outputs, targets)
     weight = 1 / times
     labels, wanted = (torch.cat([one[key] for one in targets])[target] for key in ("labels", "boxes"))
-    logits = F.pad(outputs["logits"].float(), (0, 1))  # the last class is "no object", with logit 0
+    logits = outputs["logits"].float()
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
     weights = torch.full(logits.shape[:3], NO_OBJECT_WEIGHT, device=logits.device)
     classes[image, layer, center], weights[image, layer, center] = labels, weight
@@ -994,7 +971,7 @@ class DenseHead(nn.Module):
         sides = square / torch.tensor(image_size[::-1] * 2, device=output["boxes"].device)  # W, H, W, H
         predictions = []
         for i, size in enumerate(sizes):
-            probability = class_probability(output["logits"][i])  # (K, classes)
+            probability = output["logits"][i].float().softmax(-1)[:, :-1]  # (K, classes)
             boxes = cxcywh_to_xyxy(output["boxes"][i].float() * sides).clamp(0, 1)
             boxes = boxes * torch.tensor(size[::-1] * 2, device=boxes.device)
             masks = None
@@ -1048,9 +1025,7 @@ class PanopticHead(DenseHead):
         confident = scores > 0.25  # Mask DINO's
         scores, labels, masks = scores[confident], labels[confident], masks[confident]
         ids, segments = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device), []
-        if not len(scores):
-            return {"panoptic": ids, "segments": segments}
-        winner = (scores[:, None, None] * masks).argmax(0)  # (H, W)
+        winner = (scores[:, None, None] * masks).argmax(0) if len(scores) else ids  # (H, W)
         for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
             inside = masks[k] > 0.5
             won = inside & (winner == k)
@@ -1109,8 +1084,8 @@ class ClusterFormer(nn.Module):
         """images: float RGB in [0, 1], (B, 3, H, W); H, W multiples of 32 (of 16 with patch_size 2).
 
         Returns for cls {"logits": (B, classes)}, and for the dense tasks
-            "logits"  (B, K, classes)      "no object" has logit 0.  K = 100 centers, or fewer if the map
-                                           at stride 8 has fewer than 10 x 10 tokens
+            "logits"  (B, K, classes + 1)  the last class is "no object".  K = 100 centers, or fewer if
+                                           the map at stride 8 has fewer than 10 x 10 tokens
             "boxes"   (B, K, 4)            cxcywh as fractions of the image
             "masks"   (B, K, H/4, W/4)     inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for the earlier layers, first to last
