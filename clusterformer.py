@@ -42,18 +42,18 @@ same blocks without clusters are ahead on small images, and T = 3 is not shown t
     C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
     K        at most 5 x 5 in the backbone: as good as 100, in less time; 100 in the decoder
     S        a cosine with a learned scale per head.  A plain dot product ends in a hard assignment; with
-             1/sqrt(d), it starts so even that all means are nearly equal
-    q, k, v  d x d in each head.  v starts as the identity, and in stage 1 q and k, too: there, clusters
-             follow what looks alike.  In deeper stages a random start of q and k learns better
+             1/sqrt(d), M starts so evenly that all means are nearly equal
+    q, k, v  a d x d matrix per head, not D x D.  v starts as the identity, and in stage 1 q and k, too:
+             there, clusters follow what looks alike.  In deeper stages a random start of q and k learns better
     M-step   a mean, where a sum would grow with N; with weights M exp(S), see section 2; added to C, as in
              kMaX-DeepLab (2022), so that a center of the decoder stays with its object
     p_i'     sim = K M_ki, already computed; the MLP inside of the sum runs K times, not N times
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
-A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) + K D (6 D + (T + 1) d) multiply-adds: keys and values, E-
-and M-steps with dispatching, convolution, MLP on tokens; MLPs on centers, queries.  In stage 1 of Tiny that
-is 64 + 200 + 9 + 384 + 5 + 1 per number of the map.  The release is another method: centers attend by a
+A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) multiply-adds for keys and values, E- and M-steps with dispatching,
+convolution, MLP on tokens, and K D (6 D + (T + 1) d) for MLPs on centers (2 D and 4 D) and queries: in stage 1 of Tiny
+64 + 200 + 9 + 384 and 5 + 1 per number of the map.  The authors' release is another method: centers attend by a
 softmax over N, then each token goes to its most similar center alone; no MLP on centers, no dense tasks.
 
 LETTERS, in equations and in the shapes at the ends of lines:
@@ -92,6 +92,7 @@ VERSION = 9  # of saved weights, for train.py: raised when older ones would not 
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # of a box: x and y of their middles, in sides
 MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
 INITIAL_RATIO = 1  # hidden width of the FFN on C(0), in units of D
 DISPATCH_RATIO = 2  # of the MLP on C(T)
@@ -104,8 +105,8 @@ TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 def grid_shape(height, width, grid=GRID, min_cell=2):
     """Rows and columns of the grid that centers start from, on a map of height x width tokens.
 
-    grid: cells per side, at most.  min_cell: side of a cell in tokens, at least.  It is 2 in the backbone, where a
-    cluster of a single token would have nothing to aggregate, and 1 in the decoder, whose centers leave their cells.
+    grid: cells per side, at most.  min_cell: tokens per side of a cell, at least (cells may share tokens).  It is 2 in
+    the backbone, where a single token would leave nothing to aggregate, and 1 in the decoder, where centers move on.
     """
     return min(grid, -(-height // min_cell)), min(grid, -(-width // min_cell))
 
@@ -158,8 +159,7 @@ class InitialCenters(nn.Module):
 MAX_SCALE = 20.0
 
 
-# In clustering and dispatching, heads come before images: then the weights of a head multiply all images
-# in one product.
+# In clustering and dispatching, heads come before images, so that a head's weights multiply all images in one product.
 def split_heads(x, h):
     """(B, n, D) -> (h B, n, d): head j has the channels j d .. j d + d - 1."""
     return x.unflatten(-1, (h, -1)).permute(2, 0, 1, 3).flatten(0, 1)
@@ -203,8 +203,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
 
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
     the center (S), and matches no other center as well (M).  With weights M alone, a token that matches
-    no center would be divided among all of them, and would blur their means.  A bias added to S counts
-    twice, in S and in M.
+    no center would be divided among all of them, and would blur their means.  The decoder adds a bias to S,
+    the log of a prior.  It counts twice in a mean, in S and in M.
 
     Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
     five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
@@ -221,7 +221,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         if not identity_start:
             q, k = (torch.randn(num_heads, d, d) * d**-0.5 for _ in range(2))
         self.q, self.k, self.v = nn.Parameter(q), nn.Parameter(k), nn.Parameter(v)
-        # With scale 10, a query that equals a key gets e^10 times what an orthogonal one gets.
+        # With scale 10, a key that equals the query counts e^10 times as much as an orthogonal one.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
@@ -285,9 +285,8 @@ class FeatureDispatching(nn.Module):
         Paper (Eq. 6, Figure 2c)   MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )
         Ours                       sum_k M_ki(T) MLP(C_k(T))
 
-    Ours has sim(C_k, p_i) = K M_ki, so that 1/K cancels.  The MLP decides what a cluster tells its tokens.
-    Each head uses its own M.  The classification head and the decoder have no dispatching: there, centers
-    are the result.
+    Ours has sim(C_k, p_i) = K M_ki, so that 1/K cancels.  Each head uses its own M.  The classification head and the
+    decoder have no dispatching: there, centers are the result.
     """
 
     def __init__(self, dim, num_heads):
@@ -399,8 +398,8 @@ class Backbone(nn.Module):
         # Images are normalized here, so that whoever copies the file cannot forget it.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        # Strided convolutions read whole patches, or a pixel more on each side, so a token sees what it
-        # stands for.  Padded 3 x 3 / 2 convolutions would shift that by half a token at stride 32.
+        # Strided convolutions read whole patches, or a pixel more on each side: a token sees its own place.
+        # With padded 3 x 3 / 2 convolutions, the place that it sees is off by half a token at stride 32.
         half = patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
@@ -470,9 +469,9 @@ class ClassificationHead(nn.Module):
         logits = bias + weight mean_k norm(C_k)
 
     Ours: what we read of the paper does not describe this head.  Everything after this norm of the centers
-    is linear, so a logit is exactly a bias plus one contribution per center.  Each contribution is also a
-    constant plus a sum over tokens, those that are clustered, if the weights of the means (see trace) and the
-    divisor of this norm are held constant.  eval.py draws this sum.  An FFN on C(0) would break it.
+    is linear, so a logit is exactly a bias plus one contribution per center.  C_k is linear in the clustered tokens if
+    the weights of the means (see trace) are held constant, and the norm in C_k, but for its bias, if its divisor is.
+    So a contribution is a constant plus a sum over tokens, which eval.py draws.  An FFN on C(0) would break it.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -507,17 +506,18 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
 # Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
-# from other work.  "inst" and "sem": what a part is worth there, in mask AP after a short run on drawn scenes and in
-# mIoU after a quarter of one, each part left out alone.  It is one seed, which may be off by 0.02; parts replace one
-# another, and at full scale all of this may differ.  No figure: not tried.
+# from other work.  A figure is what was lost without the part: mask AP of inst after a short run on drawn scenes, mIoU
+# of sem and AP of det after a quarter of one (one seed, which may be off by 0.02; no figure: not tried).  Where one
+# part is missing, others make up for it.  At full scale, all of this may differ.
 #
-#     part                                                            whose                      inst   sem
+#     part                                                            whose                      inst   sem   det
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
 #       the addition starts at zero                                   ours                       0.04
-#       a depthwise 3 x 3 convolution follows                         ours                       0.01
+#       its 3 x 3 convolution is depthwise                            ours                       0.01
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
+#       head j looks at quadrant j                                    ours                       0.00         0.09
 #     and where its previous mask is                                  Mask2Former (2022)         0.00  0.05
 #     each layer moves the previous box                               Deformable DETR (2021)
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
@@ -596,13 +596,15 @@ def box_distance(boxes, height, width):
 
 
 def box_prior(boxes, height, width):
-    """Log prior of where a center's tokens are: a Gaussian over its box (SMCA, 2021).
+    """Log prior of where a center's tokens are: in head j, a Gaussian over quadrant j of its box (after SMCA, 2021).
 
-    boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.
-    Returns (B, K, N).
+    A mean over a whole object does not tell how its parts are arranged; four means over its quadrants do.
+    boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.  Returns (4, B, K, N).
     """
-    # -2: sigma is half of half a side.  At least -20: far from all boxes, S decides, not which box is nearer.
-    return (-2 * box_distance(boxes, height, width)).clamp(min=-20).flatten(2)
+    middles = boxes[..., :2] + boxes[..., 2:] * torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
+    quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
+    # -2: sigma is a quarter of a quadrant's side.  At least -20: far from all boxes, S decides, not the nearest box.
+    return (-2 * box_distance(quadrants, height, width)).clamp(min=-20).flatten(3)
 
 
 def mask_prior(masks, factor):
@@ -631,14 +633,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim, iterations=3):
         super().__init__()
         self.norm, self.attention_norm = LayerNorm(dim), LayerNorm(dim)
-        heads = max(1, dim // HEAD_DIM)
         # A scale of 2, not 10: an object's center should also collect parts that look different.
-        self.cluster = RecurrentCrossAttentionClustering(dim, heads, iterations, scale=2.0)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
+        self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
         self.ffn = prenorm_mlp(dim, 4)
 
     def forward(self, centers, tokens, prior):
-        """centers: (B, K, D).  tokens: map (B, H, W, D).  prior: log prior (B, K, N).  Returns (B, K, D)."""
+        """centers: (B, K, D).  tokens: map (B, H, W, D).  prior: log prior (4, B, K, N).  Returns (B, K, D)."""
         centers, _ = self.cluster(self.norm(centers), tokens, prior)
         x = self.attention_norm(centers)
         centers = centers + self.attention(x, x, x, need_weights=False)[0]
@@ -697,7 +698,7 @@ class Decoder(nn.Module):
             self.pixel_mlp = prenorm_mlp(dim, TOKEN_RATIO)
             self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
             self.mask = mlp(dim, dim)
-            self.falloff = nn.Linear(dim, 1)  # its log
+            self.falloff = nn.Linear(dim, 1)  # log of a factor of the distance
             self.pixel_classifier = nn.Linear(dim, num_classes)
             first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes + 1)
             self.silhouette = nn.Sequential(first, nn.GELU(), last)
@@ -714,8 +715,8 @@ class Decoder(nn.Module):
         output = dict(logits=in_full_precision(self.classifier, x), boxes=boxes)
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
-            # A center learns how much the distance counts: much among similar objects, little for the sky.  It starts
-            # with a factor of about 0.5, so that a pixel in a corner of the box loses 1.
+            # A center learns how much the distance counts: much among similar objects, little for the sky.  At first,
+            # the factor is near 0.5: a pixel in a corner of the box loses 1.
             distance = box_distance(boxes.detach(), *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
             masks = masks - (0.5 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
             silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
@@ -750,7 +751,7 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 LOSS_WEIGHTS = dict(label=2.0, l1=5.0, giou=2.0, mask=5.0, dice=5.0, pixel=20.0)
 NO_OBJECT_WEIGHT = 0.1  # of centers without a target: they far outnumber the others
-MATCHES = 6, 4, 2  # of each target, in the first predictions; one in the others, and always in the last
+MATCHES = 6, 4, 2  # centers per target in the first three predictions, see match(); one in the others
 NUM_POINTS = 12_544  # at which a mask is compared, at most; a quarter of a small mask's pixels
 
 
@@ -769,15 +770,16 @@ def hungarian(cost):
         distance, before, done = np.full(m + 1, np.inf), np.full(m + 1, m), np.zeros(m + 1, bool)
         while owner[column] >= 0:  # Dijkstra's search for a free column: a taken one continues from its owner
             done[column], at = True, owner[column]
-            step = np.append(cost[at] - row_price[at], np.inf) - column_price
+            step = np.append(cost[at] - row_price[at], np.inf) - column_price  # from here, where distance is 0
             nearer = ~done & (step < distance)
             distance[nearer], before[nearer] = step[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-            # Costs less prices stay at least 0, as Dijkstra needs, and are 0 along the path.
-            traveled = distance[column]
-            row_price[owner[done]] += traveled
-            column_price[done] -= traveled
-            distance -= traveled
+            # Prices move with the search.  Between done rows and columns nothing changes, to the other columns
+            # costs fall by the least distance, and the nearest one is at 0: none becomes negative.
+            least = distance[column]
+            row_price[owner[done]] += least
+            column_price[done] -= least
+            distance -= least
         while column != m:  # back along the path, each row takes the next column
             owner[column] = owner[before[column]]
             column = before[column]
@@ -806,7 +808,7 @@ def uncertain_points(logits):
 
 @torch.no_grad()
 def matching_cost(output, target):
-    """What each pair of a target and a center would cost in the losses below: (targets, centers) float32.
+    """About what each pair of a target and a center would cost in the losses below: (targets, centers) float32.
 
     output: predictions for one image, (n centers, ...).  target: as in set_losses.
     """
@@ -964,8 +966,7 @@ class DenseHead(nn.Module):
     def predict(self, output, image_size, sizes):
         """One dictionary per image.
 
-        output: for images of size (H, W) that ClusterFormer.pad has made squares.  sizes: the final
-        (H, W) of each.
+        output: for images of size (H, W) that ClusterFormer.pad has made squares.  sizes: the final (H, W) of each.
         """
         square = -(-max(image_size) // self.coarsest) * self.coarsest
         sides = square / torch.tensor(image_size[::-1] * 2, device=output["boxes"].device)  # W, H, W, H

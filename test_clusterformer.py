@@ -451,12 +451,17 @@ def test_masks_of_another_size_than_the_images_are_refused():
 # --------------------------------------------------------------------------------------------------
 # Detection and segmentation
 # --------------------------------------------------------------------------------------------------
-def test_the_box_prior_is_the_log_of_a_gaussian_over_the_box():
+def test_the_box_prior_is_the_log_of_a_gaussian_over_a_quadrant():
     boxes = torch.tensor([[[0.5, 0.3, 0.4, 0.2], [0.5, 0.3, 0.4, 0.02]]])
     x = y = (np.arange(10) + 0.5) / 10
-    for prior, height in zip(cf.box_prior(boxes, 10, 10)[0].view(2, 10, 10), (0.2, 0.1)):  # a token is 0.1 high
-        horizontal, vertical = (x - 0.5) / 0.1, (y[:, None] - 0.3) / (height / 4)  # sigma: a quarter of a side
-        np.testing.assert_allclose(prior, (-(horizontal**2 + vertical**2) / 2).clip(min=-20), rtol=1e-4, atol=1e-4)
+    for box, height in enumerate((0.1, 0.1)):  # a quadrant is at least as high as a token
+        priors = cf.box_prior(boxes, 10, 10)[:, 0, box].view(4, 10, 10)
+        up = boxes[0, box, 3].item() / 4
+        quadrants = (0.3 - up, 0.4), (0.3 - up, 0.6), (0.3 + up, 0.4), (0.3 + up, 0.6)  # centers, y and x
+        for prior, (middle_y, middle_x) in zip(priors, quadrants):
+            horizontal, vertical = (x[None] - middle_x) / 0.05, (y[:, None] - middle_y) / (height / 4)
+            expected = -(horizontal**2 + vertical**2) / 2  # sigma: a quarter of a side
+            np.testing.assert_allclose(prior, expected.clip(min=-20), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("height, width", [(12, 12), (7, 25), (40, 33)])

@@ -36,6 +36,7 @@ METRICS = dict(det="AP", inst="mask_AP", sem="miou", pan="PQ")
 PARTS = {
     "nothing": ("det", "inst", "sem", "pan"),  # seeds 0, 1 and 2
     "prior": ("inst",),  # clusterings see the whole map
+    "quadrants": ("inst", "det"),  # one Gaussian over the box in all heads, as in SMCA
     "mask prior": ("inst", "sem"),
     "falloff": ("inst", "sem"),
     "pixel loss": ("inst", "sem"),
@@ -133,7 +134,10 @@ def apply(parts):
     changes = []  # of a model, after it was built
     for part in parts.split(" + "):
         if part == "prior":
-            cf.box_prior = lambda boxes, height, width: boxes.new_zeros(*boxes.shape[:2], height * width)
+            cf.box_prior = lambda boxes, height, width: boxes.new_zeros(4, *boxes.shape[:2], height * width)
+        elif part == "quadrants":  # quadrants of a box of twice its sides, all in its middle
+            cf.QUADRANTS, prior = ((0.0, 0.0),) * 4, cf.box_prior
+            cf.box_prior = lambda boxes, h, w: prior(torch.cat([boxes[..., :2], 2 * boxes[..., 2:]], -1), h, w)
         elif part == "mask prior":
             cf.mask_prior = lambda masks, factor: masks.new_zeros(*masks.shape[:2], masks[0, 0].numel() // factor**2)
         elif part == "pixel loss":
