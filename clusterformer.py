@@ -833,9 +833,9 @@ def match(outputs, targets):
     """Match each target with centers in each layer, at the least cost per image and layer.
 
     One match per target teaches centers to leave an object to one of them (DETR).  Several give more gradient
-    (H-DETR, 2023, has queries for them); here, the first layers have them, since later ones can still decide.
+    (H-DETR, 2023, has queries for them); here, the first predictions have them, since later layers can still decide.
     If an image has more targets than centers, each center has a match instead.
-    outputs: (B, L, K, ...), the predictions of L layers.  targets: as in set_losses.
+    outputs: (B, L, K, ...): L predictions, before the first layer and after each.  targets: as in set_losses.
     Returns image, layer, center and target of the m matches, and the number of matches that the target has
     in this layer, int64 (m,) each.  Targets are counted through the batch.
     """
