@@ -334,14 +334,15 @@ def write(panel, captions):
 
 
 def sheet(rows):
-    """A picture with rows of (title, panel), all panels of one size."""
-    panels, longest = [], max(map(len, rows))
+    """A picture with rows of (title, panel), the panels of a row of one size."""
+    grids = []
     for row in rows:
-        for title, panel in row:
-            room = functional.pad(panel, [0, 20, max(0, 300 - panel.shape[2]), 0], fill=255)
-            panels.append(write(room, [(title, (0, 0))]))
-        panels += [torch.full_like(panels[0], 255)] * (longest - len(row))
-    return functional.to_pil_image(make_grid(panels, longest, 10, pad_value=255))
+        room = [0, 20, max(0, 235 - row[0][1].shape[2]), 0]  # for the titles
+        titled = [write(functional.pad(panel, room, fill=255), [(title, (0, 0))]) for title, panel in row]
+        grids.append(make_grid(titled, len(row), 10, pad_value=255))
+    widest = max(grid.shape[2] for grid in grids)
+    grids = [functional.pad(grid, [0, 0, widest - grid.shape[2], 0], fill=255) for grid in grids]
+    return functional.to_pil_image(torch.cat(grids, 1))
 
 
 def regions_of(prediction, names):
@@ -389,26 +390,27 @@ def grid_assignment(height, width):
 
 
 def cluster_panels(model, image):
-    """Clusters in the last block of each stage, and in each iteration of one block."""
-    history, panel = trace(model, model.pad(image[None])), panel_of(image, 320)
+    """Clusters in the last block of each stage, the fine ones large, and how those of stage 1 come about."""
+    history = trace(model, model.pad(image[None]))
+    large, small = panel_of(image, 480), panel_of(image, 235)  # three and six fill a row
 
-    def clusters(assignment, block, stride):
+    def clusters(assignment, block, stride, panel):
         """Most likely cluster of each token, averaged over heads.  assignment: (h, K, N)."""
         regions = assignment.mean(0).argmax(0).view(block["size"])
         return paint_means(panel, enlarge(regions, stride, image, panel))
 
-    stages, iterations = [("image", panel)], []
+    rows, iterations = ([("image", large)], []), []
     for i, stride in enumerate(model.backbone.strides):
         block = [x for x in history if x["name"].startswith(f"backbone.stages.{i}.")][-1]
         steps = [M[0] for M in block["assignments"]]
-        title = f"stage {i + 1}, stride {stride}: {steps[-1].shape[1]} clusters"
-        stages.append((title, clusters(steps[-1], block, stride)))
+        picture = clusters(steps[-1], block, stride, large if i < 2 else small)
+        rows[i // 2].append((f"stage {i + 1}, stride {stride}: {steps[-1].shape[1]} clusters", picture))
         if i == 0:
-            first = clusters(grid_assignment(*block["size"])[None], block, stride)
+            first = clusters(grid_assignment(*block["size"])[None], block, stride, small)
             iterations.append(("stage 1: C(0), the grid", first))
-            for t, M in enumerate(steps):
-                iterations.append((f"E-step {t + 1}: M({t})", clusters(M, block, stride)))
-    return [stages, iterations]
+            for t, M in enumerate(steps[:-1]):  # the last one is shown large
+                iterations.append((f"stage 1: E-step {t + 1}, M({t})", clusters(M, block, stride, small)))
+    return [rows[0], rows[1] + iterations]
 
 
 def explain(model, image, weights):
@@ -444,14 +446,14 @@ def explanation_panels(model, image, names, chosen):
     # Softmax ignores what is added to all logits, so tokens that speak for all classes are no evidence.
     own, *other = torch.eye(len(names), device=image.device)[chosen]
     value, bias, maps = explain(model, image, own - (other[0] if other else 1 / len(names)))
-    total, panel = maps.sum(0).cpu(), panel_of(image, 560)
+    total, panel = maps.sum(0).cpu(), panel_of(image, 384)
     # Over the gray image: orange where a token adds to the value, blue where it takes away.
     heat = enlarge(total / total.abs().max().clamp(min=1e-9), model.backbone.strides[-1], image, panel)
     hue = torch.tensor([ORANGE, BLUE]).float()[(heat < 0).long()].permute(2, 0, 1)
     picture = panel.float().mean(0).expand_as(hue).lerp(hue, 0.8 * heat.abs()).byte()
-    title = f"{names[chosen[0]]} - {names[chosen[1]] if len(chosen) > 1 else 'mean of all'}: {value:.3f} ="
+    title = f"{names[chosen[0]]} - {names[chosen[1]] if len(chosen) > 1 else 'mean of all'}: {value:.2f} ="
     added, taken = total.clamp(min=0).sum(), total.clamp(max=0).sum()
-    title += f" bias {bias:+.3f}, orange {added:+.3f}, blue {taken:+.3f}"
+    title += f" bias {bias:+.2f}, orange {added:+.2f}, blue {taken:+.2f}"
     return [[("image", panel), (title, picture)]]
 
 
