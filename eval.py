@@ -361,12 +361,13 @@ def regions_of(prediction, names):
     return [f"{names[label]} {score:.2f}" for label, score in found], masks, boxes
 
 
-def prediction_panels(prediction, names, panel):
-    """A panel, and on it a prediction in pixels of the panel."""
+def prediction_panels(prediction, names, panel, colors=None):
+    """A panel, and on it a prediction in pixels of the panel.  colors: of its regions or objects."""
     texts, masks, boxes = regions_of(prediction, names)
     if masks is None and boxes is None:
         return [(", ".join(texts), panel)]
-    picture, captions, colors = panel, [], [COLORS[i % len(COLORS)] for i in range(len(texts))]
+    picture, captions = panel, []
+    colors = colors or [COLORS[i % len(COLORS)] for i in range(len(texts))]
     if texts and masks is not None:
         picture = draw_segmentation_masks(picture, masks.cpu().flip(0), 0.6, colors[::-1])  # the best on top
     if texts and boxes is not None:
