@@ -18,8 +18,17 @@ assigned to the centers.  In the M-step every center collects its tokens.  After
 every token receives what its clusters have collected.  The assignment is also an explanation: it can be
 drawn, and shows which pixels each cluster holds.
 
+LETTERS, in equations and in the shapes at the ends of lines:
+
+    B     images in a batch              I     tokens of a map, p_i one of them
+    H, W  height and width in tokens     C(t)  centers after t iterations, C_k one of them
+    N     tokens of a map, H * W         M     assignment: M_ki, of token i to cluster k; sums to 1
+    K     centers                              over k
+    D     channels                       S     similarity of centers and tokens, shaped like M
+    h, d  heads; channels of a head      T     EM iterations
+
 THE PAPER, as we read it: its abstract, and its Figure 2, which is in the README of the authors' release
-and names Eq. 3 and Eq. 6.  "Recalled" is known from other places.  The full text may say more.
+and names Eq. 3 and Eq. 6.  "Recalled" marks what we know from elsewhere.  The full text may say more.
 
     initial centers   C(0)   = FFN( AdaptivePooling_K(I) )                                  recalled
     E-step            M(t)   = softmax_K( Q(C(t)) K(I)^T )           t = 0 .. T    Eq. 3, Figure 2b
@@ -43,31 +52,21 @@ same blocks without clusters are ahead on small images, and T = 3 is not shown t
     K        at most 5 x 5 in the backbone: as good as 100, in less time; 100 in the decoder
     S        a cosine with a learned scale per head.  A plain dot product ends in a hard assignment; with
              1/sqrt(d), M starts so evenly that all means are nearly equal
-    q, k, v  a d x d matrix per head, not D x D.  v starts as the identity, and in stage 1 q and k, too:
-             there, clusters follow what looks alike.  In deeper stages a random start of q and k learns better
+    q, k, v  a d x d matrix per head; D x D takes a fifth more time.  v starts as the identity; in stage 1 q and k do
+             as well, so that clusters group what looks alike.  In deeper stages their random start learns better
     M-step   a mean, where a sum would grow with N; with weights M exp(S), see section 2; added to C, as in
              kMaX-DeepLab (2022), so that a center of the decoder stays with its object
-    p_i'     sim = K M_ki, already computed; the MLP inside of the sum runs K times, not N times
+    p_i'     sim is K M_ki, already computed, and this K cancels 1/K; the MLP inside the sum runs K times, not N times
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
-A block costs N D (2 d + (2 T + 2) K + 9 + 4 D) multiply-adds for keys and values, E- and M-steps with dispatching,
-convolution, MLP on tokens, and K D (6 D + (T + 1) d) for MLPs on centers (2 D and 4 D) and queries: in stage 1 of Tiny
-64 + 200 + 9 + 384 and 5 + 1 per number of the map.  The authors' release is another method: centers attend by a
-softmax over N, then each token goes to its most similar center alone; no MLP on centers, no dense tasks.
+A block costs these multiply-adds, in brackets per element of the map in stage 1 of Tiny: keys and values 2 N D d (64);
+E- and M-steps and dispatching (2 T + 2) N D K (200); convolution 9 N D (9); MLP on tokens 4 N D D (384); MLPs on
+centers 6 K D D (5); queries (T + 1) K D d (1).  The authors' release is another method: centers attend by a softmax
+over N, then each token is assigned only to its most similar center.  It has no MLP on centers, and no dense tasks.
 
-LETTERS, in equations and in the shapes at the ends of lines:
-
-    B     images in a batch              I     tokens of a map, p_i one of them
-    H, W  height and width in tokens     C(t)  centers after t iterations, C_k one of them
-    N     tokens of a map, H * W         M     assignment: M_ki, of token i to cluster k; sums to 1
-    K     centers                              over k
-    D     channels                       S     similarity of centers and tokens, shaped like M
-    h, d  heads; channels of a head      T     EM iterations
-
-"Paper" marks what follows the paper as we read it, a name and a year what is from that work, "Ours" what
-is this project's.  In the order of the data: clustering (1 to 3), backbone (4, 5), classification (6),
-detection and segmentation (7 to 10), the model and its trace (11).
+"Paper" marks what follows the paper as we read it, a name and a year other work, "Ours" what is new here.  Sections:
+clustering (1 to 3), backbone (4, 5), classification (6), detection and segmentation (7 to 10), model and trace (11).
 """
 
 import math
@@ -92,7 +91,7 @@ VERSION = 9  # of saved weights, for train.py: raised when older ones would not 
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
-QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # of a box: x and y of their middles, in sides
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # x and y of their middles, in sides of the box
 MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
 INITIAL_RATIO = 1  # hidden width of the FFN on C(0), in units of D
 DISPATCH_RATIO = 2  # of the MLP on C(T)
@@ -202,9 +201,9 @@ class RecurrentCrossAttentionClustering(nn.Module):
     a recurrence, not a stack of T layers.
 
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
-    the center (S), and matches no other center as well (M).  With weights M alone, a token that matches
+    this center (S), and no other center equally well (M).  With weights M alone, a token that matches
     no center would be divided among all of them, and would blur their means.  The decoder adds a bias to S,
-    the log of a prior.  It counts twice in a mean, in S and in M.
+    the log of a prior.  It counts twice in a mean: in S, and again in M, which is computed from S.
 
     Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
     five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
@@ -240,7 +239,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         """
         B, h, device = tokens.shape[0], self.num_heads, tokens.device.type
         d = tokens.shape[-1] // h
-        # All is computed in the dtype of autocast, if it is on.  Left to itself, softmax would return
+        # Everything runs in the dtype of autocast, if it is on.  Left to itself, softmax would return
         # float32, and all maps of K x N would take twice the memory.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         with torch.autocast(device, enabled=False):
@@ -376,7 +375,7 @@ def token_positions(count, device):
 class Backbone(nn.Module):
     """Four stages of cluster blocks.  Its maps drop into any detector: see channels and strides.
 
-    One image in Tiny; every block starts its own K centers, and forgets them:
+    One image in Tiny; every block makes its own K centers, and discards them:
 
         image      3 x 224 x 224
           | stem: 4 x 4 / 2 and 2 x 2 / 2 convolutions, + coordinates
@@ -398,8 +397,8 @@ class Backbone(nn.Module):
         # Images are normalized here, so that whoever copies the file cannot forget it.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        # Strided convolutions read whole patches, or a pixel more on each side: a token sees its own place.
-        # With padded 3 x 3 / 2 convolutions, the place that it sees is off by half a token at stride 32.
+        # Strided convolutions read whole patches, or a pixel more on each side, so a token sees what it stands for.
+        # A padded 3 x 3 / 2 convolution shifts that by half a pixel of its input: five, by half a token at stride 32.
         half = patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
@@ -423,8 +422,8 @@ class Backbone(nn.Module):
             # In stage 1, tokens are colors and edges, and similar ones belong together.
             blocks = [ClusterBlock(dim, heads, iterations, rate, identity_start=i == 0) for rate in rates[i].tolist()]
             self.stages.append(nn.ModuleList(blocks))
-        # The last map is so small that a random 3 x 3 convolution would mix much of the image into each
-        # token.  From zero, a token first speaks for its own place, and explanations can be read there.
+        # The last map is so small that a random 3 x 3 convolution would mix much of the image into each token.
+        # Starting from zero, a token describes its own place at first, so that explanations can be read off the map.
         for block in self.stages[-1]:
             nn.init.zeros_(block.depthwise.weight)
 
@@ -455,7 +454,7 @@ class Backbone(nn.Module):
         """images: float RGB in [0, 1], (B, 3, H, W), sides multiples of the last stride.
 
         Returns four maps (B, C, H / s, W / s) at strides s = 4, 8, 16, 32.
-        Raises ValueError if the images have another form.
+        Raises ValueError if the images have the wrong shape or dtype.
         """
         return [x.permute(0, 3, 1, 2) for x in self.features(images)]
 
@@ -469,9 +468,9 @@ class ClassificationHead(nn.Module):
         logits = bias + weight mean_k norm(C_k)
 
     Ours: what we read of the paper does not describe this head.  Everything after this norm of the centers
-    is linear, so a logit is exactly a bias plus one contribution per center.  C_k is linear in the clustered tokens if
-    the weights of the means (see trace) are held constant, and the norm in C_k, but for its bias, if its divisor is.
-    So a contribution is a constant plus a sum over tokens, which eval.py draws.  An FFN on C(0) would break it.
+    is linear, so a logit is exactly a bias plus one contribution per center.  Hold the weights of the means constant
+    (see trace): C_k is linear in the tokens.  Hold the norm's divisor constant, too: norm(C_k) is linear plus its
+    bias.  So a contribution is a constant plus a sum over tokens, which eval.py draws.  An FFN on C(0) would break it.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -505,15 +504,15 @@ class ClassificationHead(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
-# Paper (abstract): the same clustering solves these tasks, too.  We read no more of it, so most of this is known
-# from other work.  A figure is what was lost without the part: mask AP of inst after a short run on drawn scenes, mIoU
-# of sem and AP of det after a quarter of one (one seed, which may be off by 0.02; no figure: not tried).  Where one
-# part is missing, others make up for it.  At full scale, all of this may differ.
+# Paper (abstract): the same clustering solves these tasks, too.  That is all we have read of it, so most of this is
+# known from other work.  A figure is the score that was lost without the part (negative: it rose): mask AP of inst
+# after a short run on drawn scenes, mIoU of sem and AP of det after a quarter of that run.  It is of one seed, and may
+# be off by 0.02.  Where one part is missing, others make up for it; at full scale, all of this may differ.
 #
 #     part                                                            whose                      inst   sem   det
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
 #       the addition starts at zero                                   ours                       0.04
-#       its 3 x 3 convolution is depthwise                            ours                       0.01
+#       a depthwise 3 x 3 convolution smooths the sum                 ours                       0.01
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
@@ -770,12 +769,12 @@ def hungarian(cost):
         distance, before, done = np.full(m + 1, np.inf), np.full(m + 1, m), np.zeros(m + 1, bool)
         while owner[column] >= 0:  # Dijkstra's search for a free column: a taken one continues from its owner
             done[column], at = True, owner[column]
-            step = np.append(cost[at] - row_price[at], np.inf) - column_price  # from here, where distance is 0
+            step = np.append(cost[at] - row_price[at], np.inf) - column_price  # what is left of the costs from here
             nearer = ~done & (step < distance)
             distance[nearer], before[nearer] = step[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-            # Prices move with the search.  Between done rows and columns nothing changes, to the other columns
-            # costs fall by the least distance, and the nearest one is at 0: none becomes negative.
+            # Prices move so that the column just reached has distance 0.  Between done rows and columns what is left
+            # stays; to the other columns it falls by the least distance, so that it stays at least 0.
             least = distance[column]
             row_price[owner[done]] += least
             column_price[done] -= least
@@ -808,7 +807,7 @@ def uncertain_points(logits):
 
 @torch.no_grad()
 def matching_cost(output, target):
-    """About what each pair of a target and a center would cost in the losses below: (targets, centers) float32.
+    """Roughly what each pair of a target and a center would cost in the losses below: (targets, centers) float32.
 
     output: predictions for one image, (n centers, ...).  target: as in set_losses.
     """
@@ -833,7 +832,7 @@ def match(outputs, targets):
     """Match each target with centers in each layer, at the least cost per image and layer.
 
     One match per target teaches centers to leave an object to one of them (DETR).  Several give more gradient
-    (H-DETR, 2023, has queries for them); here, the first predictions have them, since later layers can still decide.
+    (H-DETR, 2023, adds queries for this); here, only early predictions get several: later layers can still decide.
     If an image has more targets than centers, each center has a match instead.
     outputs: (B, L, K, ...): L predictions, before the first layer and after each.  targets: as in set_losses.
     Returns image, layer, center and target of the m matches, and the number of matches that the target has
@@ -842,7 +841,7 @@ def match(outputs, targets):
     L, K = outputs["logits"].shape[1:3]
     flat = {key: value.flatten(1, 2) for key, value in outputs.items()}  # (B, L K, ...)
     costs = [matching_cost({key: flat[key][i] for key in flat}, one) for i, one in enumerate(targets)]
-    # One copy to the CPU: each copy would wait for the GPU.  If a cost is not finite, no match will help.
+    # One copy to the CPU: each copy would wait for the GPU.  If a cost is not finite, any match will do.
     costs = torch.cat(costs).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).cpu().double().numpy().reshape(-1, L, K)
     matches, first = [], 0
     for i, target in enumerate(targets):
@@ -892,7 +891,7 @@ def set_losses(output, targets, stride):
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
     Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks; pixel in training, too.
     """
-    if "masks" in output:  # those of another size would be compared shifted
+    if "masks" in output:  # masks of another size would be misaligned
         size = tuple(stride * side for side in output["masks"].shape[2:])
         for target in targets:
             if (got := tuple(target["masks"].shape))[1:] != size:
@@ -1099,8 +1098,8 @@ class ClusterFormer(nn.Module):
     def loss(self, output, targets):
         """Losses of a batch: a dictionary of scalars, sums over its images (cls) or targets.
 
-        Divide them by count(targets), summed over all processes; a mean of means would weigh the
-        targets of crowded batches less.  Call it outside of autocast, which would round the costs of matches.
+        Divide them by count(targets), summed over all processes; a mean of means would give the targets
+        of crowded batches less weight.  Call it outside of autocast, which would round the costs of matches.
         output: from forward.  targets, on the same device:
             cls          (B,) int64 classes, or (B, classes) float probabilities (as from mixup)
             dense tasks  a list of a dictionary per image, with n >= 0 targets:
@@ -1136,11 +1135,11 @@ class ClusterFormer(nn.Module):
     def predict(self, images, sizes=None):
         """Final predictions, in evaluation mode, for images of any sizes.
 
-        Images are padded by pad(), and what is returned is cropped.  Images of one size make a batch;
-        others go through the model one after the other.
+        Images are padded by pad(), and what is returned is cropped.  If all images have one size, they
+        run as a batch, otherwise one after the other.
         images: float RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W).
         sizes: a list of (H, W) in which boxes and maps are returned; None: those of the images.
-        Raises ValueError for other images, a value outside of [0, 1], and another number of sizes.
+        Raises ValueError for other images, a value outside of [0, 1], and the wrong number of sizes.
         Returns one dictionary per image:
             cls   "scores" (5,) float32, highest first, and "labels" (5,) int64; or fewer
             det   "scores" (n,), highest first, "labels" (n,), "boxes" (n, 4) xyxy in pixels; n <= 100
