@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import THINGS, as_float, make_dataset  # noqa: E402
 from eval import COLORS, load_checkpoint, panel_of, prediction_panels, regions_of, sheet  # noqa: E402
 
-SIDE = 420
+SIDE = 288  # three times an image's: three panels are as wide as the README, and captions keep their size
 PALE = [(200, 200, 200), (170, 190, 215), (220, 200, 165), (195, 175, 200), (175, 205, 180)]  # of backgrounds
 
 
@@ -51,7 +51,8 @@ def panels(path, index, truth, colors):
         overlap = box_iou(boxes, masks_to_boxes(truth).float())
     own = None if model.task == "cls" else [colors[i] for i in overlap.argmax(1)]
     *scene, (title, picture) = prediction_panels(prediction, dataset.classes, panel, own)
-    return [("a scene for the other tasks", panel) for _, panel in scene], (f"{model.task}: {title}", picture)
+    title = ", ".join(f"{model.task}: {title}".split(", ")[:2])  # cls: the two likeliest classes
+    return [("a scene for the other tasks", panel) for _, panel in scene], (title, picture)
 
 
 if __name__ == "__main__":
