@@ -517,12 +517,12 @@ class ClassificationHead(nn.Module):
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
 #       head j looks at quadrant j                                    ours                       0.00         0.09
-#     and where its previous mask is                                  Mask2Former (2022)         0.00  0.05
+#     and where its previous mask is                                  Mask2Former (2022)         0.00  0.02
 #     each layer moves the previous box                               Deformable DETR (2021)
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
 #       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
-#       less a falloff with the distance from the box                 ours                       0.00  0.09
+#       less a falloff with the distance from the box                 ours                       0.00  0.07
 #       classes also see the mask, at 12 x 12 points                  ours                       0.00  0.08
 #     pixels predict their classes                                    MaX-DeepLab (2021)        -0.02  0.05
 #     duplicates are removed                                          YOLACT (2019)              0.08

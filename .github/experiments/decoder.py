@@ -95,13 +95,10 @@ def random_top_down(model):
         linear[-1].reset_parameters()
 
 
-def without(name):
-    def change(model):
-        modules = getattr(model.head.neck, name)
-        for i in range(len(modules)):
-            modules[i] = Nothing()
-
-    return change
+def no_depthwise(model):
+    modules = model.head.neck.depthwise
+    for i in range(len(modules)):
+        modules[i] = Nothing()
 
 
 def set_iterations(T):
@@ -124,7 +121,7 @@ def no_silhouettes(model):
 
 
 CHANGES = {"silhouettes": no_silhouettes, "falloff": no_falloff}
-CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": without("depthwise")}
+CHANGES |= {"top-down from zero": random_top_down, "top-down": top_down_off, "neck depthwise": no_depthwise}
 CHANGES |= {"T 1": set_iterations(1), "T 2": set_iterations(2)}
 CHANGES |= {"prior twice": with_forward(once=True), "added": with_forward(replace=True)}
 
