@@ -516,7 +516,7 @@ class ClassificationHead(nn.Module):
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     a cell is a first box; S starts with a scale of 2               ours
 #     a center looks where its previous box is                        SMCA (2021)
-#       head j looks at quadrant j                                    ours                       0.00         0.09
+#       head j looks at quadrant j                                    ours                       0.00  0.00   0.09
 #     and where its previous mask is                                  Mask2Former (2022)         0.00  0.02
 #     each layer moves the previous box                               Deformable DETR (2021)
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
