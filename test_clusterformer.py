@@ -266,12 +266,12 @@ def test_predict_pads_at_the_bottom_and_right_and_crops_what_it_returns(monkeypa
 def test_masks_are_resized_scored_and_sorted(size, final):
     """Logits that rise to the right, or to the bottom: bilinear samples of a slope are known in any size."""
     rise = 4 * torch.arange(24) + 2.0  # at the middles of mask pixels, in pixels of the padded image
-    masks = torch.stack([(rise - 0.31 * size[1]).expand(24, 24), (rise - 0.31 * size[0])[:, None].expand(24, 24)])
+    masks = torch.stack([(rise - 0.32 * size[1]).expand(24, 24), (rise - 0.32 * size[0])[:, None].expand(24, 24)])
     logits = torch.tensor([[3.0, 0.0, -1.0], [1.0, 2.0, 0.5]])  # the last is of "no object"
     boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.1, 0.1]])
     head = cf.ClusterFormer("inst", "nano", num_classes=2).head
     (found,) = head.predict(dict(logits=logits[None], boxes=boxes[None], masks=masks[None]), size, [final])
-    y, x = ((np.arange(n) + 0.5) * side / n - 0.31 * side for n, side in zip(final, size))
+    y, x = ((np.arange(n) + 0.5) * side / n - 0.32 * side for n, side in zip(final, size))
     slopes = [np.broadcast_to(x, final), np.broadcast_to(y[:, None], final)]
     pairs = [(0, 0), (1, 1), (1, 0), (0, 1)]  # center and class
     expected = []
