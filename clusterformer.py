@@ -36,7 +36,7 @@ and names Eq. 3 and Eq. 6.  "Recalled" marks what we know from elsewhere.  The f
     dispatching       p_i'   = p_i + MLP( 1/K sum_k sim(C_k(T), p_i) C_k(T) )      Eq. 6, Figure 2c
 
 K in softmax_K and 1/K is the number of centers; K( ) is the projection of the keys; sim is a similarity
-of center and token.  Recalled, too: 100 centers in every stage, T = 3, and heads of 32 channels.
+of center and token.  Recalled, too: 100 centers, T = 3, heads of 32 channels, and six layers in the decoder.
 
 THIS FILE, with q, k and v for the projections:
 
@@ -49,21 +49,21 @@ Where it differs from the paper, and why.  (.github/EXPERIMENTS.md has the figur
 same blocks without clusters are ahead on small images, and T = 3 is not shown to beat T = 1.)
 
     C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
-    K        at most 5 x 5 in the backbone: as good as 100, in less time; 100 in the decoder
+    K        at most 5 x 5 in the backbone, which takes a third less time than 100; 100 in the decoder
     S        a cosine with a learned scale per head.  A plain dot product ends in a hard assignment; with
              1/sqrt(d), M starts so evenly that all means are nearly equal
     q, k, v  a d x d matrix per head; D x D takes a fifth more time.  v starts as the identity; in stage 1 q and k do
              as well, so that clusters group what looks alike.  In deeper stages their random start learns better
     M-step   a mean, where a sum would grow with N; with weights M exp(S), see section 2; added to C, as in
-             kMaX-DeepLab (2022), so that a center of the decoder stays with its object
+             kMaX-DeepLab (2022), so that a center of the decoder stays with its object; the backbone has the same code
     p_i'     sim is K M_ki, already computed, and this K cancels 1/K; the MLP inside the sum runs K times, not N times
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
-A block costs these multiply-adds, in brackets per element of the map in stage 1 of Tiny: keys and values 2 N D d (64);
-E- and M-steps and dispatching (2 T + 2) N D K (200); convolution 9 N D (9); MLP on tokens 4 N D D (384); MLPs on
-centers 6 K D D (5); queries (T + 1) K D d (1).  The authors' release is another method: centers attend by a softmax
-over N, then each token is assigned only to its most similar center.  It has no MLP on centers, and no dense tasks.
+A block costs these multiply-adds, in brackets divided by N D for stage 1 of Tiny (N = 3136, K = 25): keys and values
+2 N D d (64); E- and M-steps and dispatching (2 T + 2) N D K (200); convolution 9 N D (9); MLP on tokens 4 N D D (384);
+MLPs on centers 6 K D D (5); queries (T + 1) K D d (1).  The authors' release is another method: centers attend by a
+softmax over N, then each token is assigned only to its most similar center.  It has no MLP on centers, no dense tasks.
 
 "Paper" marks what follows the paper as we read it, a name and a year other work, "Ours" what is new here.  Sections:
 clustering (1 to 3), backbone (4, 5), classification (6), detection and segmentation (7 to 10), model and trace (11).
@@ -91,7 +91,7 @@ VERSION = 9  # of saved weights, for train.py: raised when older ones would not 
 HEAD_DIM = 32  # channels of a head (Paper, recalled)
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
-QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # x and y of their middles, in sides of the box
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # of a box: x, y from its middle, in sides
 MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
 INITIAL_RATIO = 1  # hidden width of the FFN on C(0), in units of D
 DISPATCH_RATIO = 2  # of the MLP on C(T)
@@ -104,8 +104,9 @@ TOKEN_RATIO = 2  # of the MLP on tokens, which runs N times; Swin spends 4 here
 def grid_shape(height, width, grid=GRID, min_cell=2):
     """Rows and columns of the grid that centers start from, on a map of height x width tokens.
 
-    grid: cells per side, at most.  min_cell: tokens per side of a cell, at least (cells may share tokens).  It is 2 in
-    the backbone, where a single token would leave nothing to aggregate, and 1 in the decoder, where centers move on.
+    grid: cells per side, at most.  min_cell: tokens per side of a cell, at least, if the map has them.  It is 2 in the
+    backbone, where a single token would leave nothing to aggregate, and 1 in the decoder, where centers move on.
+    Neighboring cells share a token where sides are not divisible: 7 tokens make 4 cells of 2.
     """
     return min(grid, -(-height // min_cell)), min(grid, -(-width // min_cell))
 
@@ -121,19 +122,24 @@ class LayerNorm(nn.LayerNorm):
 def in_full_precision(module, x):
     """module(x) in the dtype of its weights, also under autocast.
 
-    For classifiers, since bfloat16 often gives two classes the same logit, and for MLPs on centers, which
-    are so few that casting the weights would take longer than the products.
+    For classifiers, since bfloat16 often gives two classes the same logit, and for MLPs on centers in the backbone,
+    where they are so few that casting the weights would take longer than the products.
     """
     with torch.autocast(x.device.type, enabled=False):
         return module(x.to(next(module.parameters()).dtype))
 
 
+def zero_linear(dim, out):
+    """nn.Linear that starts at zero."""
+    linear = nn.Linear(dim, out)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 def prenorm_mlp(dim, ratio):
     """A residual branch: norm, D -> ratio * D -> D.  Ours: it starts at zero, so at first it adds nothing."""
-    layers = [LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)]
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(LayerNorm(dim), nn.Linear(dim, ratio * dim), nn.GELU(), zero_linear(ratio * dim, dim))
 
 
 class InitialCenters(nn.Module):
@@ -216,11 +222,11 @@ class RecurrentCrossAttentionClustering(nn.Module):
         self.num_heads, self.iterations = num_heads, iterations
         d = dim // num_heads
         q, k, v = (torch.eye(d).repeat(num_heads, 1, 1) for _ in range(3))  # (h, d, d) each
-        # With identity_start, S is the cosine of center and token itself: tokens go to centers that look like them.
+        # With identity_start, S begins as the cosine of center and token themselves: tokens go to centers like them.
         if not identity_start:
             q, k = (torch.randn(num_heads, d, d) * d**-0.5 for _ in range(2))
         self.q, self.k, self.v = nn.Parameter(q), nn.Parameter(k), nn.Parameter(v)
-        # With scale 10, a key that equals the query counts e^10 times as much as an orthogonal one.
+        # With scale 10, exp(S) is e^10 times as large for a key that equals the query as for an orthogonal one.
         self.log_scale = nn.Parameter(torch.full((num_heads,), math.log(scale)))
         self.history = None  # a dictionary to fill, while trace() runs
 
@@ -398,7 +404,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         # Strided convolutions read whole patches, or a pixel more on each side, so a token sees what it stands for.
-        # A padded 3 x 3 / 2 convolution shifts that by half a pixel of its input: five, by half a token at stride 32.
+        # A padded 3 x 3 / 2 convolution would be off by half a pixel of its input, and five of them by half a token.
         half = patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
@@ -467,10 +473,10 @@ class ClassificationHead(nn.Module):
 
         logits = bias + weight mean_k norm(C_k)
 
-    Ours: what we read of the paper does not describe this head.  Everything after this norm of the centers
-    is linear, so a logit is exactly a bias plus one contribution per center.  Hold the weights of the means constant
-    (see trace): C_k is linear in the tokens.  Hold the norm's divisor constant, too: norm(C_k) is linear plus its
-    bias.  So a contribution is a constant plus a sum over tokens, which eval.py draws.  An FFN on C(0) would break it.
+    Ours: what we read of the paper does not describe this head.  All that follows norm(C_k) is linear, so a logit is
+    exactly a bias plus one contribution per center.  Now hold the weights of the M-steps constant (trace returns them):
+    C_k is linear in the tokens.  Hold the divisor in norm constant, too: norm(C_k) is linear in C_k, plus a bias.  So a
+    contribution is a constant plus a sum over tokens, which eval.py draws.  An FFN on C(0) would break this.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -494,7 +500,7 @@ class ClassificationHead(nn.Module):
         logits, smoothing = output["logits"].float(), self.label_smoothing
         return {"label": F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")}
 
-    def predict(self, output, image_size, sizes):
+    def predict(self, output, *_):
         """The five likeliest classes per image."""
         probability = output["logits"].float().softmax(-1)
         scores, labels = probability.topk(min(5, probability.shape[1]))
@@ -506,15 +512,16 @@ class ClassificationHead(nn.Module):
 #
 # Paper (abstract): the same clustering solves these tasks, too.  That is all we have read of it, so most of this is
 # known from other work.  A figure is the score that was lost without the part (negative: it rose): mask AP of inst
-# after a short run on drawn scenes, mIoU of sem and AP of det after a quarter of that run.  It is of one seed, and may
-# be off by 0.02.  Where one part is missing, others make up for it; at full scale, all of this may differ.
+# after a short run on drawn scenes, mIoU of sem and AP of det after a quarter of that run; of one seed, it may be off
+# by 0.02.  No figure: not tried.  Where one part is missing, others make up for it; at full scale, all this may differ.
 #
 #     part                                                            whose                      inst   sem   det
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
-#       the addition starts at zero                                   ours                       0.04
+#       the addition starts at zero, not at random                    ours                       0.04
 #       a depthwise 3 x 3 convolution smooths the sum                 ours                       0.01
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
-#     a cell is a first box; S starts with a scale of 2               ours
+#     the cell is its first box                                       ours
+#     S starts with a scale of 2                                      ours
 #     a center looks where its previous box is                        SMCA (2021)
 #       head j looks at quadrant j                                    ours                       0.00  0.00   0.09
 #     and where its previous mask is                                  Mask2Former (2022)         0.00  0.02
@@ -522,7 +529,7 @@ class ClassificationHead(nn.Module):
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
 #       several centers per target in the first layers                ours, after H-DETR (2023)  0.01
 #     masks are dot products; their losses; order of the maps         Mask2Former (2022)
-#       less a falloff with the distance from the box                 ours                       0.00  0.07
+#       less a falloff with the distance from the box's middle        ours                       0.00  0.07
 #       classes also see the mask, at 12 x 12 points                  ours                       0.00  0.08
 #     pixels predict their classes                                    MaX-DeepLab (2021)        -0.02  0.05
 #     duplicates are removed                                          YOLACT (2019)              0.08
@@ -536,12 +543,9 @@ class Neck(nn.Module):
 
     def __init__(self, channels, dim):
         super().__init__()
-        linear = lambda c: nn.Sequential(LayerNorm(c), nn.Linear(c, dim))
-        self.laterals = nn.ModuleList(linear(c) for c in channels)
-        self.top_down = nn.ModuleList(linear(dim) for _ in channels[1:])
-        for _, last in self.top_down:  # coarse features become useful late, and would only add noise before that
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self.laterals = nn.ModuleList(nn.Sequential(LayerNorm(c), nn.Linear(c, dim)) for c in channels)
+        # Coarse features become useful late, and would only add noise before that.
+        self.top_down = nn.ModuleList(nn.Sequential(LayerNorm(dim), zero_linear(dim, dim)) for _ in channels[1:])
         self.depthwise = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in channels)
 
     def forward(self, maps):
@@ -602,7 +606,8 @@ def box_prior(boxes, height, width):
     """
     middles = boxes[..., :2] + boxes[..., 2:] * torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
     quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
-    # -2: sigma is a quarter of a quadrant's side.  At least -20: far from all boxes, S decides, not the nearest box.
+    # -2 d^2, with d in half sides: sigma is a quarter of a quadrant's side, before the prior counts twice (section 2).
+    # At least -20: far from all boxes, S decides, not the nearest box.
     return (-2 * box_distance(quadrants, height, width)).clamp(min=-20).flatten(3)
 
 
@@ -645,9 +650,9 @@ class DecoderLayer(nn.Module):
         return centers + self.ffn(centers)
 
 
-def mlp(dim, out):
+def mlp(dim, out, last=nn.Linear):
     """D -> D -> D -> out, without norm and residual, as in DETR's heads."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, out))
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.GELU(), last(dim, out))
 
 
 def mask_samples(masks, boxes):
@@ -677,8 +682,8 @@ class Decoder(nn.Module):
                      C <------------------ DecoderLayer <-- map at stride 32, 16, 8, 32, 16, 8
 
     All predictions are trained, including the one before the first layer.  A mask is the dot product of its
-    center with an embedding of each pixel, less a falloff with the distance from its box.  Tasks that return no
-    boxes predict them, too, for the prior.
+    center with an embedding of each pixel, less a falloff with the distance from the middle of its box.  Tasks that
+    return no boxes predict them, too, for the prior.
     """
 
     def __init__(self, dim, levels, num_classes, iterations, with_masks):
@@ -690,19 +695,16 @@ class Decoder(nn.Module):
         self.norm = LayerNorm(dim)
         self.classifier = nn.Linear(dim, num_classes + 1)  # the last class is "no object"
         nn.init.constant_(self.classifier.bias[-1:], math.log(9 * num_classes))  # at first, its probability is 0.9
-        self.box = mlp(dim, 4)
-        nn.init.zeros_(self.box[-1].weight)  # at first, a box is the previous one
-        nn.init.zeros_(self.box[-1].bias)
+        self.box = mlp(dim, 4, zero_linear)  # at first, a box is the previous one
         if with_masks:
             self.pixel_mlp = prenorm_mlp(dim, TOKEN_RATIO)
             self.pixel = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim))
             self.mask = mlp(dim, dim)
             self.falloff = nn.Linear(dim, 1)  # log of a factor of the distance
             self.pixel_classifier = nn.Linear(dim, num_classes)
-            first, last = nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.Linear(2 * dim, num_classes + 1)
-            self.silhouette = nn.Sequential(first, nn.GELU(), last)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+            self.silhouette = nn.Sequential(
+                nn.Linear(MASK_SAMPLES**2, 2 * dim), nn.GELU(), zero_linear(2 * dim, num_classes + 1)
+            )
 
     def predict_centers(self, centers, boxes, embeddings):
         """What centers (B, K, D) with previous boxes (B, K, 4) predict: "logits", "boxes" and "masks".
@@ -715,7 +717,7 @@ class Decoder(nn.Module):
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
             # A center learns how much the distance counts: much among similar objects, little for the sky.  At first,
-            # the factor is near 0.5: a pixel in a corner of the box loses 1.
+            # the factor is some 0.5: a pixel in a corner of the box loses 1.
             distance = box_distance(boxes.detach(), *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
             masks = masks - (0.5 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
             silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
@@ -723,7 +725,7 @@ class Decoder(nn.Module):
         return output
 
     def forward(self, maps):
-        """maps: of the neck, (B, H, W, D), fine to coarse; the last three have strides 8, 16, 32.
+        """maps: of the neck, (B, H, W, D), fine to coarse; the last three have strides 8, 16, 32 if patch_size is 4.
 
         Returns a list of predictions: before the first layer, and after each.
         """
@@ -737,7 +739,7 @@ class Decoder(nn.Module):
             boxes = outputs[-1]["boxes"].detach()  # no gradient from the next layer's losses
             prior = box_prior(boxes, *tokens[level - 1].shape[1:3])
             if self.with_masks and len(outputs) > 1:  # not in the first layer: its centers have seen one cell only
-                prior = prior + mask_prior(outputs[-1]["masks"].detach(), 2**level)
+                prior = prior + mask_prior(outputs[-1]["masks"].detach(), 2**level)  # masks have level 0
             centers = layer(centers, tokens[level - 1], prior)
             outputs.append(self.predict_centers(centers, boxes, embeddings))
         if self.with_masks and self.training:
@@ -757,28 +759,28 @@ NUM_POINTS = 12_544  # at which a mask is compared, at most; a quarter of a smal
 def hungarian(cost):
     """The cheapest pairs of rows and columns (Jonker and Volgenant, 1987), as SciPy's linear_sum_assignment.
 
+    Rows and columns have prices: cost - row_price - column_price is never below 0, and is 0 for the pairs that are
+    taken.  So no other pairs can be cheaper.  Rows are added one by one, each by the shortest path to a free column.
     cost: float64 (n, m), finite.  Returns rows and columns of min(n, m) pairs, int64.
     """
     n, m = cost.shape
     if n > m:
         return hungarian(cost.T)[::-1]
-    row_price, column_price = np.zeros(n), np.zeros(m + 1)
-    owner = np.full(m + 1, -1)  # the row that has each column; every search starts from an extra column m
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    owner = np.full(m + 1, -1)  # the row that has each column; column m, an extra one, is where each path starts
     for row in range(n):
         column, owner[m] = m, row
         distance, before, done = np.full(m + 1, np.inf), np.full(m + 1, m), np.zeros(m + 1, bool)
-        while owner[column] >= 0:  # Dijkstra's search for a free column: a taken one continues from its owner
+        distance[m] = 0
+        while owner[column] >= 0:  # Dijkstra: from a taken column, the path continues as its owner takes another one
             done[column], at = True, owner[column]
-            step = np.append(cost[at] - row_price[at], np.inf) - column_price  # what is left of the costs from here
-            nearer = ~done & (step < distance)
-            distance[nearer], before[nearer] = step[nearer], column
+            further = distance[column] + cost[at] - row_price[at] - column_price
+            nearer = ~done[:m] & (further < distance[:m])
+            distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-            # Prices move so that the column just reached has distance 0.  Between done rows and columns what is left
-            # stays; to the other columns it falls by the least distance, so that it stays at least 0.
-            least = distance[column]
-            row_price[owner[done]] += least
-            column_price[done] -= least
-            distance -= least
+        change = distance[column] - distance[done]  # prices such that the path's pairs cost 0
+        row_price[owner[done]] += change
+        column_price[done[:m]] -= change[:-1]  # all but that of column m
         while column != m:  # back along the path, each row takes the next column
             owner[column] = owner[before[column]]
             column = before[column]
@@ -886,10 +888,10 @@ def pixel_loss(pixels, masks, labels, image, stride):
 
 
 def set_losses(output, targets, stride):
-    """All losses of a dense task, weighted sums: label over all centers, the others over targets, of all layers.
+    """All losses of a dense task, weighted sums over all layers: label over centers, the others over targets.
 
     output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
-    Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks; pixel in training, too.
+    Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks; pixel, once, in training.
     """
     if "masks" in output:  # masks of another size would be misaligned
         size = tuple(stride * side for side in output["masks"].shape[2:])
@@ -899,24 +901,23 @@ def set_losses(output, targets, stride):
     layers = [*output["aux"], output]
     keys = [key for key in ("logits", "boxes", "masks") if key in output]
     outputs = {key: torch.stack([one[key] for one in layers], 1) for key in keys}  # (B, L, K, ...)
+    truth = {key: torch.cat([one[key] for one in targets]) for key in ("labels", *keys[1:])}  # (n, ...), of all targets
     image, layer, center, target, times = match(outputs, targets)
     weight = 1 / times
-    labels, wanted = (torch.cat([one[key] for one in targets])[target] for key in ("labels", "boxes"))
     logits = outputs["logits"].float()
     classes = torch.full(logits.shape[:3], logits.shape[3] - 1, device=logits.device)
     weights = torch.full(logits.shape[:3], NO_OBJECT_WEIGHT, device=logits.device)
-    classes[image, layer, center], weights[image, layer, center] = labels, weight
+    classes[image, layer, center], weights[image, layer, center] = truth["labels"][target], weight
     entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none") @ weights.flatten()
-    boxes = outputs["boxes"][image, layer, center].float()
+    boxes, wanted = outputs["boxes"][image, layer, center].float(), truth["boxes"][target]
     _, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     losses = dict(label=entropy, l1=(boxes - wanted).abs().sum(1) @ weight, giou=(1 - giou) @ weight)
     if "masks" in outputs:
-        masks, truth = outputs["masks"][image, layer, center].float(), torch.cat([one["masks"] for one in targets])
-        losses["mask"], losses["dice"] = mask_losses(masks, truth, target, weight)
+        masks = outputs["masks"][image, layer, center].float()
+        losses["mask"], losses["dice"] = mask_losses(masks, truth["masks"], target, weight)
     if "pixels" in output:
-        owner = torch.cat([torch.full_like(one["labels"], i) for i, one in enumerate(targets)])
-        labels = torch.cat([one["labels"] for one in targets])
-        losses["pixel"] = pixel_loss(output["pixels"], truth, labels, owner, stride)
+        owner = torch.cat([torch.full_like(one["labels"], i) for i, one in enumerate(targets)])  # image of each target
+        losses["pixel"] = pixel_loss(output["pixels"], truth["masks"], truth["labels"], owner, stride)
     return {name: LOSS_WEIGHTS[name] * value for name, value in losses.items()}
 
 
@@ -948,7 +949,7 @@ class DenseHead(nn.Module):
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
         super().__init__()
         self.finest = 0 if self.with_masks else 1  # only masks need the map at stride 4
-        self.stride, self.coarsest = backbone.strides[0], backbone.strides[-1]  # of masks; of the last map
+        self.stride = backbone.strides[0]  # of masks
         self.neck = Neck(backbone.channels[self.finest :], size["dim"])
         self.decoder = Decoder(size["dim"], size["levels"], num_classes, iterations, self.with_masks)
         self.things = [True] * num_classes if things is None else things
@@ -962,13 +963,12 @@ class DenseHead(nn.Module):
     def loss(self, output, targets):
         return set_losses(output, targets, self.stride)
 
-    def predict(self, output, image_size, sizes):
+    def predict(self, output, side, image_size, sizes):
         """One dictionary per image.
 
-        output: for images of size (H, W) that ClusterFormer.pad has made squares.  sizes: the final (H, W) of each.
+        output: for images (H, W) that were padded to squares of `side` pixels.  sizes: the final (H, W) of each.
         """
-        square = -(-max(image_size) // self.coarsest) * self.coarsest
-        sides = square / torch.tensor(image_size[::-1] * 2, device=output["boxes"].device)  # W, H, W, H
+        sides = side / torch.tensor(image_size[::-1] * 2, device=output["boxes"].device)  # W, H, W, H
         predictions = []
         for i, size in enumerate(sizes):
             probability = output["logits"][i].float().softmax(-1)[:, :-1]  # (K, classes)
@@ -1033,7 +1033,7 @@ class PanopticHead(DenseHead):
                 continue
             segment = next((one for one in segments if one["label"] == label and not one["isthing"]), None)
             if segment is None:
-                segment = dict(id=len(segments) + 1, label=label, isthing=self.things[label], score=score)
+                segment = dict(id=len(segments) + 1, label=label, isthing=self.things[label], score=0.0)
                 segments.append(segment)
             segment["score"] = max(segment["score"], score)
             ids[won] = segment["id"]
@@ -1162,10 +1162,11 @@ class ClusterFormer(nn.Module):
         self.eval()
         try:
             for batch in batches:
-                output = self(self.pad(batch))
+                padded = self.pad(batch)
+                output = self(padded)
                 rest = sizes[len(predictions) :][: len(batch)]
                 with torch.autocast(batch.device.type, enabled=False):  # bfloat16 would tie two classes
-                    predictions += self.head.predict(output, tuple(batch.shape[2:]), rest)
+                    predictions += self.head.predict(output, padded.shape[3], tuple(batch.shape[2:]), rest)
         finally:
             self.train(training)
         return predictions

@@ -270,7 +270,7 @@ def test_masks_are_resized_scored_and_sorted(size, final):
     logits = torch.tensor([[3.0, 0.0, -1.0], [1.0, 2.0, 0.5]])  # the last is of "no object"
     boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.1, 0.1]])
     head = cf.ClusterFormer("inst", "nano", num_classes=2).head
-    (found,) = head.predict(dict(logits=logits[None], boxes=boxes[None], masks=masks[None]), size, [final])
+    (found,) = head.predict(dict(logits=logits[None], boxes=boxes[None], masks=masks[None]), 96, size, [final])
     y, x = ((np.arange(n) + 0.5) * side / n - 0.32 * side for n, side in zip(final, size))
     slopes = [np.broadcast_to(x, final), np.broadcast_to(y[:, None], final)]
     pairs = [(0, 0), (1, 1), (1, 0), (0, 1)]  # center and class
