@@ -13,7 +13,8 @@ JSON line per epoch goes to stdout and to block.jsonl beside this file: top-1 an
 images, seconds of CPU time so far (training and loading, not validation), multiply-adds of an image.
 Runs of one seed see the same images in the same order.  Images are decoded once, to
 DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters after so many steps, --cost measures a Tiny.
---table prints the last epoch of every run in block.jsonl, the lowest mean loss first.
+--table prints the last epoch of every run in block.jsonl, the lowest mean loss first.  Runs with a commit are of the
+backbone of that commit: its stem, depths and head have changed since; check it out to repeat them.
 """
 
 import argparse
@@ -270,7 +271,8 @@ def decoded(root, split):
         with open(part, "wb") as file:
             np.save(file, images)
         part.replace(path)
-    return np.load(path, mmap_mode="r"), torch.from_numpy(dataset.labels), dataset.classes
+    labels = torch.tensor([dataset.images[i][1] for i in range(len(dataset))])
+    return np.load(path, mmap_mode="r"), labels, dataset.classes
 
 
 class Photographs:
@@ -368,13 +370,13 @@ def print_table():
     last, rows = {}, {}
     for line in map(json.loads, open(Path(__file__).with_suffix(".jsonl"))):
         if line["epoch"] == line["epochs"]:
-            last[line["data"], line["epochs"], line["variant"], line["seed"]] = line
+            last[line.get("commit", ""), line["data"], line["epochs"], line["variant"], line["seed"]] = line
     for (*key, _), line in last.items():
         rows.setdefault(tuple(key), []).append(line)
-    print("| data | epochs | block | seeds | top-1 % | validation loss | CPU s | M multiply-adds | M parameters |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| commit | data | epochs | block | seeds | top-1 % | loss | CPU s | M multiply-adds | M parameters |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     mean = lambda lines, key: sum(line[key] for line in lines) / len(lines)
-    for key, lines in sorted(rows.items(), key=lambda row: (*row[0][:2], mean(row[1], "loss"))):
+    for key, lines in sorted(rows.items(), key=lambda row: (*row[0][:3], mean(row[1], "loss"))):
         seeds = ", ".join(sorted(str(line["seed"]) for line in lines))
         quality = f"{100 * mean(lines, 'top1'):.1f} | {mean(lines, 'loss'):.3f}"
         cost = f"{mean(lines, 'cpu_s'):.0f} | {lines[0]['macs'] / 1e6:.0f} | {lines[0]['parameters'] / 1e6:.2f}"

@@ -167,9 +167,8 @@ def jobs():
     return base + [(part, task, 0) for part, tasks in PARTS.items() for task in tasks if part != "nothing"]
 
 
-def done():
-    lines = [json.loads(line) for line in open(LOG)] if LOG.exists() else []
-    return {(line["part"], line["task"], line["seed"]): line for line in lines if "commit" not in line}
+def log_lines():
+    return [json.loads(line) for line in open(LOG)] if LOG.exists() else []
 
 
 def run_job(part, task, seed, folder):
@@ -198,12 +197,13 @@ def work(folder):
     """Take the first job that is neither done nor taken; a job of a worker that died is free again."""
     os.makedirs(folder, exist_ok=True)
     while True:
+        done = {(x["part"], x["task"], x["seed"]) for x in log_lines() if "commit" not in x}
         for job in jobs():
             part, task, seed = job
             lock = Path(folder, f"{part}-{task}-{seed}.lock".replace(" ", "-"))
-            waits = part == "suppression" and ("nothing", task, seed) not in done()
+            waits = part == "suppression" and ("nothing", task, seed) not in done
             taken = lock.exists() and os.path.exists(f"/proc/{lock.read_text()}")
-            if job not in done() and not taken and not waits:
+            if job not in done and not taken and not waits:
                 lock.write_text(str(os.getpid()))
                 break
         else:
@@ -216,15 +216,16 @@ def work(folder):
 
 
 def print_table():
-    lines = done()
-    print("| left out | " + " | ".join(METRICS) + " | minutes of a core |\n| --- | --- | --- | --- | --- | --- |")
-    for part in dict.fromkeys((*PARTS, *(part for part, _, _ in lines))):
-        cells = []
-        for task in METRICS:
-            found = [lines[part, task, seed]["value"] for seed in (0, 1, 2) if (part, task, seed) in lines]
-            cells.append(", ".join(f"{value:.3f}" for value in found))
-        minutes = lines.get((part, "inst", 0), {}).get("cpu_minutes", "")
-        print(f"| {part} | " + " | ".join(cells) + f" | {minutes} |")
+    """A row per decoder and part, a value per seed; of a run that was stopped, the last value, and after which epoch."""
+    rows = {}
+    for line in log_lines():
+        epochs = line.get("epochs", [])
+        value = f"{epochs[-1]:.3f} (epoch {len(epochs)})" if "value" not in line else f"{line['value']:.3f}"
+        row = rows.setdefault((line.get("commit", "today's"), line["part"]), {})
+        row[line["task"]] = ", ".join(filter(None, [row.get(line["task"]), value]))
+    print("| commit | left out | " + " | ".join(METRICS) + " |\n| --- | --- | --- | --- | --- | --- |")
+    for (commit, part), row in rows.items():
+        print(f"| {commit} | {part} | " + " | ".join(row.get(task, "") for task in METRICS) + " |")
 
 
 def compare_steps(path):

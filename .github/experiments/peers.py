@@ -19,7 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from clusterformer import ClassificationHead  # noqa: E402
+from clusterformer import ClassificationHead, ClusterFormer  # noqa: E402
 
 SWIN = dict(patch_size=[4, 4], embed_dim=32, depths=[1, 2, 2, 1], num_heads=[1, 2, 4, 8], window_size=[8, 8])
 MODELS = {
@@ -35,7 +35,7 @@ class Peer(nn.Module):
 
     task = "cls"
     trained = None  # the model in training, not the averaged copy of it
-    loss, count = ClassificationHead.loss, ClassificationHead.count
+    loss, count = ClassificationHead.loss, ClusterFormer.count
 
     def __init__(self, task, variant, num_classes, *others):
         super().__init__()
