@@ -398,7 +398,8 @@ class Run:
                 self.write_checkpoint()
             on_signals(self.leave)  # at once: an evaluation may take minutes, and all steps are saved
             # One by one in the dense tasks: photographs are large, and each has its own size.
-            batch_size = settings.batch_size // self.world_size if settings.task == "cls" else 1
+            chunk = settings.batch_size // (self.world_size * settings.accumulate)
+            batch_size = chunk if settings.task == "cls" else 1
             metrics, _ = evaluate(self.ema, self.val, self.device, batch_size, settings.workers)
             on_signals(self.note_signal)
         losses = self.means()
