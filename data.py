@@ -76,12 +76,14 @@ def in_one_line(main):
     sys.stdout.reconfigure(errors="replace")  # names of classes that the console cannot show
     try:
         main()
+        if dist.is_initialized():  # not after an error: NCCL may wait for a process that is gone
+            dist.destroy_process_group()
     except (InputError, OSError, EOFError, RuntimeError) as error:
         # From a loader process, it arrives with a traceback; the last line is the message.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = lines[-1].removeprefix("data.InputError: ")
         if isinstance(error, torch.OutOfMemoryError):
-            message = "the GPU has too little memory; --accumulate 2 halves what activations take"
+            message = "too little GPU memory: raise --accumulate (train.py) or lower --batch-size (eval.py)"
         elif isinstance(error, (EOFError, RuntimeError)):
             if not re.search(r"worker \(pid|shm|No space left", str(error)):
                 raise
@@ -90,9 +92,6 @@ def in_one_line(main):
         sys.exit(f"{os.path.basename(sys.argv[0])}: error: {message}")
     except KeyboardInterrupt:
         sys.exit(130)  # Ctrl-C, as in shells; no traceback
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def to_json(value, **options):
@@ -119,13 +118,14 @@ def start_processes():
 
 
 def default_workers():
-    """Loader processes for each training process: its share of the cores less two, 16 at most.
+    """Loader processes for each training process: its share of the cores, less two or, with a GPU, one.
 
-    On two cores it is 0: a loader would compete with the threads of the training process.
+    On two cores without a GPU it is 0: a loader would compete with the threads of the training process.
     """
+    busy = 1 if torch.cuda.is_available() else 2
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
-    return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 2))
+    return max(0, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - busy))
 
 
 class Packed:
@@ -287,7 +287,7 @@ class Shapes(Images):
 
     def scene(self, epoch, index):
         """Image, uint8 (3, size, size), list of (class, mask: bool (size, size)), and label (cls)."""
-        kind = 2 * (self.task != "cls")
+        kind = 2 * (self.task != "cls")  # and 1 more in validation: four kinds of scenes, none alike
         training = kind, self.seed, epoch, index
         rng = np.random.default_rng(training if self.split == "train" else (kind + 1, index))
         if self.task == "cls":
@@ -881,13 +881,14 @@ class GlobalBatches(Sampler):
     """
 
     def __init__(self, length, batch_size, steps, seed=0, rank=0, world_size=1, accumulate=1, first_step=0):
-        chunks = world_size * accumulate
-        parts = f"{world_size} processes x --accumulate {accumulate}"
-        expect(batch_size % chunks == 0, f"--batch-size {batch_size} is not divisible by {parts}; change one")
+        split = f"{world_size} processes x --accumulate {accumulate}"
+        chunk, rest = divmod(batch_size, world_size * accumulate)
+        expect(not rest, f"--batch-size {batch_size} is not divisible by {split}; change one")
         few = f"--batch-size {batch_size} is more than the {length} training images; lower it"
         expect(batch_size <= length, few)
-        self.length, self.batch_size, self.seed, self.chunk = length, batch_size, seed, batch_size // chunks
-        self.steps, self.chunks = range(first_step, steps), range(rank * accumulate, (rank + 1) * accumulate)
+        self.length, self.batch_size, self.seed, self.chunk = length, batch_size, seed, chunk
+        first = rank * accumulate * chunk  # image of a global batch that is this process's
+        self.steps, self.starts = range(first_step, steps), range(first, first + accumulate * chunk, chunk)
 
     def __iter__(self):
         drawn = None
@@ -896,8 +897,8 @@ class GlobalBatches(Sampler):
             if epoch != drawn:
                 with seeded(self.seed, epoch):
                     order, drawn = torch.randperm(self.length), epoch
-            for i in self.chunks:
-                start = position * self.batch_size + i * self.chunk
+            for start in self.starts:
+                start += position * self.batch_size
                 yield [(epoch, index) for index in order[start : start + self.chunk].tolist()]
 
 

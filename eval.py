@@ -249,8 +249,8 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None):
     model: a ClusterFormer, without DDP: processes may have different numbers of batches.
     save: where predictions go.  det, inst: a JSON file.  pan: a JSON file, and PNGs in the folder
         of that name without ".json".  sem: a folder of PNGs, label + 1 as in ADE20K's.
-    Returns, on every process, a list of dictionaries, one per class (empty for cls), after a dictionary of
-    these metrics, as fractions of 1:
+    Returns, on every process, a dictionary of the metrics below, as fractions of 1, and a list of
+    dictionaries, one per class (empty for cls).
         cls   top1, top5
         det   COCO_METRICS, nan where there is nothing to find
         inst  the same for boxes, box_AP, ..., and for masks, mask_AP, ...
@@ -260,7 +260,8 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None):
     task, scores = model.task, []
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
-    batches = batches_of(dataset, workers, device, sampler=keys, batch_size=batch_size, collate_fn=lists)
+    collate = None if task == "cls" else lists  # None stacks: each tensor from a worker takes a file handle
+    batches = batches_of(dataset, workers, device, sampler=keys, batch_size=batch_size, collate_fn=collate)
     folder = save.removesuffix(".json") if save and task in ("sem", "pan") else None
     if folder:
         os.makedirs(folder, exist_ok=True)
@@ -545,7 +546,7 @@ def main():
     settings, classes, task = checkpoint["settings"], checkpoint["classes"], model.task
     check_arguments(args, task, classes, rank)
     model.to(device)
-    size = args.image_size or settings["test_size"] or settings["image_size"]
+    size = args.image_size or settings["test_size"]
     if args.images:
         names = []
         for path in args.images:
@@ -554,8 +555,9 @@ def main():
         read = lambda i: read_photo(names[i], task, size)
     else:
         dataset = make_dataset(task, args.data or settings["data"], "val", size, classes=classes)
-        names = [dataset.name(i) for i in range(min(8, len(dataset)))]
-        read = lambda i: dataset[0, i][0]
+        shown = range(0, len(dataset), math.ceil(len(dataset) / 8))  # the first eight may be of one class
+        names = [dataset.name(i) for i in shown]
+        read = lambda i: dataset[0, shown[i]][0]
     if args.draw:
         return draw(model, classes, names, read, args, device) if rank == 0 else None
     batch_size = args.batch_size or (128 if task == "cls" else 8)

@@ -152,7 +152,7 @@ def parse_settings():
     if os.path.exists(last):
         expect(given.resume, f"{last} exists: --resume continues that run, --out DIR starts another")
         saved = read_checkpoint(last)["settings"]
-        parser.set_defaults(**saved)
+        parser.set_defaults(**saved | dict(workers=default_workers()))  # it may be another machine
     else:
         theirs = read_checkpoint(given.init)["arguments"] if given.init else {}
         theirs = {name: theirs[name] for name in theirs.keys() & {"variant", "patch_size", "iterations"}}
@@ -173,7 +173,7 @@ def parse_settings():
     size, stride = settings.image_size, 8 * settings.patch_size
     if settings.test_size is None:
         settings.test_size = size * (recipe["test_size"] or recipe["image_size"]) // recipe["image_size"]
-    expect(size % stride == 0, f"--image-size {size} is not a multiple of {stride}")
+    expect(size % stride == 0, f"--image-size {size} is not a multiple of {stride}, 8 patches")
     chunk = settings.batch_size // settings.accumulate // int(os.environ.get("WORLD_SIZE", 1))
     mixes = settings.mixup + settings.cutmix
     expect(chunk > 1 or not mixes, "mixup needs more than one image in a chunk; raise --batch-size")
@@ -187,6 +187,9 @@ def take_weights(model, path):
     """Load the averaged weights that fit by name and shape.  Returns the names of those that are missing."""
     theirs, ours = read_checkpoint(path)["ema"], model.state_dict()
     fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
+    if any(name.startswith("head.neck.") for name in theirs.keys() ^ ours.keys()):
+        # det has no map of stride 4, so the same number in a name is of another stride.
+        fitting = {name: x for name, x in fitting.items() if not name.startswith("head.neck.")}
     fits = any(name.startswith("backbone.stages") for name in fitting)
     expect(fits, f"{path}: its backbone does not fit; give the --variant it was trained with")
     return model.load_state_dict(fitting, strict=False).missing_keys
@@ -268,7 +271,7 @@ class Run:
             settings.task, settings.variant, len(train.classes), settings.patch_size, settings.iterations,
             settings.drop_path, settings.smoothing, train.things
         ).to(device)  # fmt: skip
-        resumed = settings.resume and os.path.exists(self.last)
+        resumed = os.path.exists(self.last)
         new = take_weights(self.model, settings.init) if settings.init and not resumed else []
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         backbone_rate = settings.backbone_rate if settings.init else 1.0
@@ -276,13 +279,16 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         if resumed:
             self.load(read_checkpoint(self.last))
+        everywhere = self.all_reduce(torch.tensor(self.step, device=device)) == self.step * world_size
+        expect(everywhere, f"{self.last} is not on all machines: --out must be on a disk that they share")
         self.runner = torch.compile(self.model) if settings.compile else self.model
         if world_size > 1:
             gpu = [device.index] if device.type == "cuda" else None
             # Views: gradients lie in the buffers in which processes exchange them, and take no memory beside.
             # DDP warns of depthwise kernels, one of whose sides is 1: strides of such a side are arbitrary.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
+            options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)  # its buffers are constants
+            self.runner = DistributedDataParallel(self.runner, gpu, **options)
         if rank == 0:
             for name, data in ("training", train), ("validation", val):
                 print(f"{name} data: {len(data)} images, {len(data.classes)} classes{data.note}")
@@ -292,7 +298,7 @@ class Run:
             if settings.resume:
                 print(f"resumed after step {self.step}" if resumed else f"no {self.last}: this is a new run")
             if new:
-                modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+                modules = dict.fromkeys(".".join(name.split(".")[:-1][:3]) for name in new)
                 print(f"{settings.init} has no fitting weights of {', '.join(modules)}")
 
     def load(self, checkpoint):
@@ -367,7 +373,7 @@ class Run:
         parts = self.gradients(chunks)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
         # Reduce the stop flag, gradient norm and losses, so that all ranks take the same decision.
-        # Reading them is the only time in a step that the CPU waits for the GPU.
+        # Here the CPU waits for the GPU; dense tasks wait once more, for the costs of matching.
         stop_flag = torch.full((), float(self.signals), device=self.device)
         stop, *values = self.all_reduce(torch.stack([stop_flag, norm, *parts.values()])).tolist()
         if all(map(math.isfinite, values)):
@@ -383,7 +389,7 @@ class Run:
             if self.rank == 0:
                 print(f"step {self.step + 1} is skipped: its loss or gradient is not finite", file=sys.stderr)
             remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
-            what = f"{MAX_BAD_STEPS} steps in a row were not finite: {remedy}; {self.last} was saved before"
+            what = f"{MAX_BAD_STEPS} steps in a row were not finite: {remedy}; --resume starts before them"
             expect(self.bad_steps < MAX_BAD_STEPS, what)
         self.optimizer.zero_grad()
         self.step += 1
@@ -397,6 +403,8 @@ class Run:
             if self.rank == 0:
                 self.write_checkpoint()
             on_signals(self.leave)  # at once: an evaluation may take minutes, and all steps are saved
+            if self.signals:  # one came since the last step
+                self.leave()
             # One by one in the dense tasks: photographs are large, and each has its own size.
             chunk = settings.batch_size // (self.world_size * settings.accumulate)
             batch_size = chunk if settings.task == "cls" else 1
