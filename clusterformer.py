@@ -54,16 +54,16 @@ same blocks without clusters are ahead on small images, and T = 3 is not shown t
              1/sqrt(d), M starts so evenly that all means are nearly equal
     q, k, v  a d x d matrix per head; D x D takes a fifth more time.  v starts as the identity; in stage 1 q and k do
              as well, so that clusters group what looks alike.  In deeper stages their random start learns better
-    M-step   a mean, where a sum would grow with N; with weights M exp(S), see section 2; added to C, as in
-             kMaX-DeepLab (2022), so that a center of the decoder stays with its object; the backbone has the same code
+    M-step   a mean, since a sum would grow with N; section 2 tells why its weights are not M alone.  It is added to C,
+             as in kMaX-DeepLab (2022), so that a center of the decoder stays with its object; the backbone does the same
     p_i'     sim is K M_ki, already computed, and this K cancels 1/K; the MLP inside the sum runs K times, not N times
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
 A block costs these multiply-adds, in brackets divided by N D for stage 1 of Tiny (N = 3136, K = 25): keys and values
 2 N D d (64); E- and M-steps and dispatching (2 T + 2) N D K (200); convolution 9 N D (9); MLP on tokens 4 N D D (384);
-MLPs on centers 6 K D D (5); queries (T + 1) K D d (1).  The authors' release is another method: centers attend by a
-softmax over N, then each token is assigned only to its most similar center.  It has no MLP on centers, no dense tasks.
+MLPs on centers 6 K D D (5); queries (T + 1) K D d (1).  This file follows the figure; the authors' release does not:
+centers attend by a softmax over N, then each token goes to its most similar center; no MLP on centers, no dense tasks.
 
 "Paper" marks what follows the paper as we read it, a name and a year other work, "Ours" what is new here.  Sections:
 clustering (1 to 3), backbone (4, 5), classification (6), detection and segmentation (7 to 10), model and trace (11).
@@ -79,8 +79,8 @@ from torch import nn
 # depths and channels: of the four stages.  Those of tiny and small are Swin-T's and Swin-S's (Paper);
 # nano is ours, for CPUs and small images.
 # dim: width of neck and decoder.
-# levels: the map that each decoder layer clusters, 1, 2 or 3 for strides 8, 16 or 32 (if patch_size is 4).
-# drop_path: for train.py, which sets it at full scale; not read here.
+# levels: for each decoder layer, the map that it clusters: 1, 2 or 3 for stride 8, 16 or 32 (half, if patch_size is 2).
+# drop_path: for train.py, which sets it in long runs on many images; not read here.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
     "nano": dict(depths=(1, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
@@ -88,7 +88,7 @@ VARIANTS = {
     "small": TINY | dict(depths=(2, 2, 18, 2), drop_path=0.3),
 }
 VERSION = 9  # of saved weights, for train.py: raised when older ones would not fit, or would mean another thing
-HEAD_DIM = 32  # channels of a head (Paper, recalled)
+HEAD_DIM = 32  # channels of a head (Paper, recalled); the decoder's clustering has four heads, see DecoderLayer
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
 QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # of a box: x, y from its middle, in sides
@@ -106,7 +106,7 @@ def grid_shape(height, width, grid=GRID, min_cell=2):
 
     grid: cells per side, at most.  min_cell: tokens per side of a cell, at least, if the map has them.  It is 2 in the
     backbone, where a single token would leave nothing to aggregate, and 1 in the decoder, where centers move on.
-    Neighboring cells share a token where sides are not divisible: 7 tokens make 4 cells of 2.
+    Neighboring cells share a token where sides are not divisible: 7 tokens make 4 cells, of 2, 3, 3 and 2.
     """
     return min(grid, -(-height // min_cell)), min(grid, -(-width // min_cell))
 
@@ -201,14 +201,13 @@ class RecurrentCrossAttentionClustering(nn.Module):
                |      ...                   M^T                              v
                +----> mean over the tokens: softmax over N of S + log M ---> add ---> C(t+1) (K, d)
 
-    Paper (Eq. 3, Figure 2b): softmax over K, so every token is divided among the clusters.
-    (Ordinary attention takes it over N: every center chooses its tokens, and some tokens may be
-    chosen by none.)  All iterations share q, k and v, and keys and values are computed once: it is
-    a recurrence, not a stack of T layers.
+    Paper (Eq. 3, Figure 2b): softmax over K, so every token is divided among the clusters.  (Ordinary attention
+    takes it over N: every center chooses its tokens, and some tokens may be chosen by none.)  All iterations share
+    q, k and v, and keys and values are computed once: it is a recurrence, not a stack of T layers.
 
-    Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches
-    this center (S), and no other center equally well (M).  With weights M alone, a token that matches
-    no center would be divided among all of them, and would blur their means.  The decoder adds a bias to S,
+    Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches this center
+    (S), and no other center equally well (M).  With weights M alone, a token that matches no center would blur the
+    means of all.  Here it hardly counts in a mean, but still receives from all clusters.  The decoder adds a bias to S,
     the log of a prior.  It counts twice in a mean: in S, and again in M, which is computed from S.
 
     Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
@@ -240,7 +239,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
         """Cluster the tokens.
 
         centers: C(0), (B, K, D).  tokens: map (B, H, W, D), or (B, N, D).
-        bias: added to S, broadcast to (h, B, K, N): the log of a prior; finite.
+        bias: added to S, broadcast to (h, B, K, N): the log of a prior; finite, since a softmax over -inf alone is NaN.
         Returns C(T), (B, K, D), and M(T), (B, h, K, H, W), or (B, h, K, N).
         """
         B, h, device = tokens.shape[0], self.num_heads, tokens.device.type
@@ -404,7 +403,8 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         # Strided convolutions read whole patches, or a pixel more on each side, so a token sees what it stands for.
-        # A padded 3 x 3 / 2 convolution would be off by half a pixel of its input, and five of them by half a token.
+        # A padded 3 x 3 / 2 convolution would be off by half a pixel of its input; two here and three between stages,
+        # by half a token of the last map.
         half = patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
@@ -474,9 +474,10 @@ class ClassificationHead(nn.Module):
         logits = bias + weight mean_k norm(C_k)
 
     Ours: what we read of the paper does not describe this head.  All that follows norm(C_k) is linear, so a logit is
-    exactly a bias plus one contribution per center.  Now hold the weights of the M-steps constant (trace returns them):
-    C_k is linear in the tokens.  Hold the divisor in norm constant, too: norm(C_k) is linear in C_k, plus a bias.  So a
-    contribution is a constant plus a sum over tokens, which eval.py draws.  An FFN on C(0) would break this.
+    always a bias plus one contribution per center.  To divide a contribution among the tokens of the last map, hold
+    the weights of the M-steps constant (trace returns them): C_k is linear in the tokens.  Hold the divisor in norm
+    constant, too: norm(C_k) is linear in C_k, plus a bias.  So a contribution is a constant plus a sum over tokens,
+    which eval.py draws.  An FFN on C(0) would break this.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
@@ -511,9 +512,9 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
 # Paper (abstract): the same clustering solves these tasks, too.  That is all we have read of it, so most of this is
-# known from other work.  A figure is the score that was lost without the part (negative: it rose): mask AP of inst
-# after a short run on drawn scenes, mIoU of sem and AP of det after a quarter of that run; of one seed, it may be off
-# by 0.02.  No figure: not tried.  Where one part is missing, others make up for it; at full scale, all this may differ.
+# known from other work.  The figures are what a task scores less without the part (negative: more); none: not tried.
+# Scores are mask AP (inst) after a short run on drawn scenes, mIoU (sem) and box AP (det) after a quarter of that run,
+# of one seed: 0.02 may be chance.  Where one part is missing, others make up for it; on photographs, all may differ.
 #
 #     part                                                            whose                      inst   sem   det
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
@@ -606,7 +607,7 @@ def box_prior(boxes, height, width):
     """
     middles = boxes[..., :2] + boxes[..., 2:] * torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
     quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
-    # -2 d^2, with d in half sides: sigma is a quarter of a quadrant's side, before the prior counts twice (section 2).
+    # box_distance is d^2, with d in half sides of the quadrant.  exp(-2 d^2) has sigma = 1/2, a quarter of its side.
     # At least -20: far from all boxes, S decides, not the nearest box.
     return (-2 * box_distance(quadrants, height, width)).clamp(min=-20).flatten(3)
 
@@ -637,7 +638,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim, iterations=3):
         super().__init__()
         self.norm, self.attention_norm = LayerNorm(dim), LayerNorm(dim)
-        # A scale of 2, not 10: an object's center should also collect parts that look different.
+        # A head per quadrant, so d is D / 4.  A scale of 2, not 10: an object's center also collects unlike parts.
         self.cluster = RecurrentCrossAttentionClustering(dim, len(QUADRANTS), iterations, scale=2.0)
         self.attention = nn.MultiheadAttention(dim, max(1, dim // HEAD_DIM), batch_first=True)
         self.ffn = prenorm_mlp(dim, 4)
@@ -778,9 +779,11 @@ def hungarian(cost):
             nearer = ~done[:m] & (further < distance[:m])
             distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-        change = distance[column] - distance[done]  # prices such that the path's pairs cost 0
+        # Columns that are done are nearer than the free one.  Their rows' prices rise by the difference, and their own
+        # fall by it, so that the path's pairs cost 0.  The last of them is column m, which has no price.
+        change = distance[column] - distance[done]
         row_price[owner[done]] += change
-        column_price[done[:m]] -= change[:-1]  # all but that of column m
+        column_price[done[:m]] -= change[:-1]
         while column != m:  # back along the path, each row takes the next column
             owner[column] = owner[before[column]]
             column = before[column]
@@ -934,7 +937,7 @@ def top_detections(probability, boxes):
     scores, pairs = probability.flatten().topk(min(100, probability.numel()))
     centers, labels = pairs // probability.shape[1], pairs % probability.shape[1]
     iou, _ = iou_and_giou(boxes[centers][:, None], boxes[centers])  # (n, n)
-    keep = ~((iou > 0.6) & (labels[:, None] == labels)).triu(1).any(0)
+    keep = ~((iou > 0.6) & (labels[:, None] == labels)).triu(1).any(0)  # above the diagonal, rows are better
     return scores[keep], labels[keep], centers[keep]
 
 
@@ -975,7 +978,7 @@ class DenseHead(nn.Module):
             boxes = cxcywh_to_xyxy(output["boxes"][i].float() * sides).clamp(0, 1)
             boxes = boxes * torch.tensor(size[::-1] * 2, device=boxes.device)
             masks = None
-            if self.with_masks:  # with K = 100, some 1,600 bytes per pixel of the final size
+            if self.with_masks:  # each of these tensors has 4 K bytes per pixel
                 masks = F.interpolate(output["masks"][i : i + 1].float(), scale_factor=self.stride, mode="bilinear")
                 masks = masks[:, :, : image_size[0], : image_size[1]]  # without the padding
                 masks = F.interpolate(masks, size, mode="bilinear")[0].sigmoid()
@@ -1084,14 +1087,12 @@ class ClusterFormer(nn.Module):
         """images: float RGB in [0, 1], (B, 3, H, W); H, W multiples of 32 (of 16 with patch_size 2).
 
         Returns for cls {"logits": (B, classes)}, and for the dense tasks
-            "logits"  (B, K, classes + 1)  the last class is "no object".  K = 100 centers, or fewer if
-                                           the map at stride 8 has fewer than 10 x 10 tokens
+            "logits"  (B, K, classes + 1)  the last class is "no object"; K = 100, or less on maps below 10 x 10 tokens
             "boxes"   (B, K, 4)            cxcywh as fractions of the image
             "masks"   (B, K, H/4, W/4)     inst, sem, pan: logits (H/2, W/2 with patch_size 2)
             "aux"     a list of the same for the earlier layers, first to last
             "pixels"  (B, H/4, W/4, classes)  in training, if there are masks
-        Raises ValueError for a wrong shape or dtype.  It does not check values: that would wait for
-        the GPU in every step.
+        Raises ValueError for a wrong shape or dtype.  Values are not checked: each time, this would wait for the GPU.
         """
         return self.head(self.backbone.features(images))
 
@@ -1177,14 +1178,13 @@ def trace(model, images):
     """Record every clustering in a model: a ClusterFormer, a Backbone, or what contains them.
 
     It runs in evaluation mode, without gradients.  images: as for the model's forward.
-    Returns a list of dictionaries, in the order in which the clusterings run:
+    Returns a list of dictionaries, one per clustering, in the order of the modules, which is that of the data:
         "name"         of the module, such as "backbone.stages.1.0.cluster"
         "size"         (H, W) of its N tokens
         "centers"      C(0) .. C(T), each (B, K, D)
         "assignments"  M(0) .. M(T), each (B, h, K, N)
         "tokens"       (B, N, D), and "values" v(I), (B, h, N, d)
-        "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1
-                       over N
+        "weights"      of the values in the mean of each iteration, T of (B, h, K, N); they sum to 1 over N
     """
     found = {name: x for name, x in model.named_modules() if isinstance(x, RecurrentCrossAttentionClustering)}
     for name, module in found.items():
