@@ -287,8 +287,7 @@ class Run:
             # Views: gradients lie in the buffers in which processes exchange them, and take no memory beside.
             # DDP warns of depthwise kernels, one of whose sides is 1: strides of such a side are arbitrary.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-            options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)  # its buffers are constants
-            self.runner = DistributedDataParallel(self.runner, gpu, **options)
+            self.runner = DistributedDataParallel(self.runner, gpu, gradient_as_bucket_view=True)
         if rank == 0:
             for name, data in ("training", train), ("validation", val):
                 print(f"{name} data: {len(data)} images, {len(data.classes)} classes{data.note}")
