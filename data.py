@@ -453,15 +453,14 @@ def dense_train_transform(task, size, least, color):
     nothing to find.
     color: strength of random brightness, contrast, saturation and hue; 1 is usual for ADE20K.
     """
-    # Colors come first, while the image is small.  RandomPhotometricDistort would also swap red and
-    # blue, which distinguish sand and sky.
-    steps = [v2.ColorJitter(0.125 * color, 0.5 * color, 0.5 * color, 0.05 * color)] if color else []
     # A factor of 1 makes the long side `size` pixels, as in COCO's large-scale jitter; for sem the short
     # side, as usual for ADE20K.
     if task == "sem":
-        steps.append(v2.RandomShortestSize(range(round(least * size), 2 * size + 1), max_size=8 * size))
+        steps = [v2.RandomShortestSize(range(round(least * size), 2 * size + 1), max_size=8 * size)]
     else:
-        steps.append(v2.ScaleJitter((size, size), (least, 2.0)))
+        steps = [v2.ScaleJitter((size, size), (least, 2.0))]
+    # Photographs are smaller now.  RandomPhotometricDistort would also swap red and blue, as of sand and sky.
+    steps += [v2.ColorJitter(0.125 * color, 0.5 * color, 0.5 * color, 0.05 * color)] if color else []
     fill = {tv_tensors.Image: MEAN_COLOR, "others": 0}
     crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)
     return v2.Compose([*steps, v2.RandomHorizontalFlip(), crop])
@@ -480,6 +479,20 @@ def read_photo(path, task, size):
     return dense_eval_transform(task, size)(functional.pil_to_tensor(image))
 
 
+class Regions(tv_tensors.Mask):
+    """Masks, or a map of numbers.  A new pixel is the old one under its middle.
+
+    tv_tensors.Mask takes the old one under its corner, and so moves masks by up to half a pixel.
+    """
+
+
+@functional.register_kernel(functional.resize, Regions)
+def resize_regions(regions, size, **_):
+    maps = regions.as_subclass(torch.Tensor).reshape(-1, *regions.shape[-2:])
+    maps = functional.resize_image(maps, size, InterpolationMode.NEAREST_EXACT)
+    return tv_tensors.wrap(maps.reshape(*regions.shape[:-2], *maps.shape[1:]), like=regions)
+
+
 def training_sample(image, labels, boxes, masks, transform):
     """Augment an image and its target.
 
@@ -494,7 +507,7 @@ def training_sample(image, labels, boxes, masks, transform):
         parts["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=image.shape[-2:])
     else:
         # Resizing converts bool to float, which is nine times slower than uint8.
-        parts["masks"] = tv_tensors.Mask(masks.byte() if masks.dtype == torch.bool else masks)
+        parts["masks"] = Regions(masks.byte() if masks.dtype == torch.bool else masks)
     image, parts = transform(image, parts)
     if isinstance(labels, dict):
         found = parts["masks"].flatten().unique_consecutive().unique()  # unique alone would sort all pixels
