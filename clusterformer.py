@@ -78,9 +78,8 @@ from torch import nn
 
 # depths and channels: of the four stages.  Those of tiny and small are Swin-T's and Swin-S's (Paper);
 # nano is ours, for CPUs and small images.
-# dim: width of neck and decoder.
 # levels: for each decoder layer, the map that it clusters: 1, 2 or 3 for stride 8, 16 or 32 (half, if patch_size is 2).
-# drop_path: for train.py, which sets it in long runs on many images; not read here.
+# dim: width of neck and decoder.  drop_path: for train.py, which sets it in long runs on many images; not read here.
 TINY = dict(depths=(2, 2, 6, 2), channels=(96, 192, 384, 768), dim=256, levels=(3, 2, 1, 3, 2, 1), drop_path=0.2)
 VARIANTS = {
     "nano": dict(depths=(1, 2, 2, 1), channels=(32, 64, 128, 256), dim=128, levels=(1, 1, 1), drop_path=0.0),
@@ -160,8 +159,7 @@ class InitialCenters(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 2. Recurrent cross-attention clustering: E-step and M-step
 # --------------------------------------------------------------------------------------------------
-# Limit of the scale of S.  bfloat16 rounds an S of 20 to eighths, so exp(S) is off by up to 6 % there.
-MAX_SCALE = 20.0
+MAX_SCALE = 20.0  # limit of the scale of S: bfloat16 rounds an S of 20 to eighths, so exp(S) is off by up to 6 %
 
 
 # In clustering and dispatching, heads come before images, so that a head's weights multiply all images in one product.
@@ -605,7 +603,8 @@ def box_prior(boxes, height, width):
     A mean over a whole object does not tell how its parts are arranged; four means over its quadrants do.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.  Returns (4, B, K, N).
     """
-    middles = boxes[..., :2] + boxes[..., 2:] * torch.tensor(QUADRANTS, device=boxes.device).view(4, 1, 1, 2)
+    offsets = torch.tensor(QUADRANTS, device="cpu").to(boxes.device, non_blocking=True)  # does not wait for the GPU
+    middles = boxes[..., :2] + boxes[..., 2:] * offsets.view(4, 1, 1, 2)
     quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
     # box_distance is d^2, with d in half sides of the quadrant.  exp(-2 d^2) has sigma = 1/2, a quarter of its side.
     # At least -20: far from all boxes, S decides, not the nearest box.
@@ -944,7 +943,7 @@ def top_detections(probability, boxes):
 class DenseHead(nn.Module):
     """What detection and segmentation share.  A task adds final_prediction, for one image:
 
-    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks: probabilities (K, H, W), or None.
+    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks(n centers): probabilities (n, H, W); or None.
     """
 
     with_masks = True
@@ -978,10 +977,10 @@ class DenseHead(nn.Module):
             boxes = cxcywh_to_xyxy(output["boxes"][i].float() * sides).clamp(0, 1)
             boxes = boxes * torch.tensor(size[::-1] * 2, device=boxes.device)
             masks = None
-            if self.with_masks:  # each of these tensors has 4 K bytes per pixel
-                masks = F.interpolate(output["masks"][i : i + 1].float(), scale_factor=self.stride, mode="bilinear")
-                masks = masks[:, :, : image_size[0], : image_size[1]]  # without the padding
-                masks = F.interpolate(masks, size, mode="bilinear")[0].sigmoid()
+            if self.with_masks:
+                logits = F.interpolate(output["masks"][i : i + 1].float(), scale_factor=self.stride, mode="bilinear")
+                logits = logits[:, :, : image_size[0], : image_size[1]]  # without the padding
+                masks = lambda centers: F.interpolate(logits[:, centers], size, mode="bilinear")[0].sigmoid()
             predictions.append(self.final_prediction(probability, boxes, masks))
         return predictions
 
@@ -1001,19 +1000,20 @@ class InstanceHead(DenseHead):
 
     def final_prediction(self, probability, boxes, masks):
         scores, labels, centers = top_detections(probability, boxes)
-        masks = masks[centers]  # (n, H, W)
-        inside = masks > 0.5
-        scores = scores * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-        order = scores.argsort(descending=True)
-        boxes = boxes[centers[order]]
-        return {"scores": scores[order], "labels": labels[order], "boxes": boxes, "masks": inside[order]}
+        inside, quality = [], []
+        for mask in map(masks, centers.split(1)):  # one by one: those of a large photograph take gigabytes
+            inside.append(mask > 0.5)  # (1, H, W)
+            quality.append((mask * inside[-1]).sum() / inside[-1].sum().clamp(min=1))
+        scores, order = (scores * torch.stack(quality)).sort(descending=True)
+        boxes, masks = boxes[centers[order]], torch.cat([inside[i] for i in order.tolist()])
+        return {"scores": scores, "labels": labels[order], "boxes": boxes, "masks": masks}
 
 
 class SemanticHead(DenseHead):
     """sem: the class of each pixel, by the largest sum of class probability times mask (MaskFormer, 2021)."""
 
     def final_prediction(self, probability, boxes, masks):
-        return {"semantic": torch.einsum("kc,khw->chw", probability, masks).argmax(0)}
+        return {"semantic": torch.einsum("kc,khw->chw", probability, masks(slice(None))).argmax(0)}
 
 
 class PanopticHead(DenseHead):
@@ -1026,7 +1026,7 @@ class PanopticHead(DenseHead):
     def final_prediction(self, probability, boxes, masks):
         scores, labels = probability.max(1)
         confident = scores > 0.25  # Mask DINO's
-        scores, labels, masks = scores[confident], labels[confident], masks[confident]
+        scores, labels, masks = scores[confident], labels[confident], masks(slice(None))[confident]
         ids, segments = torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device), []
         winner = (scores[:, None, None] * masks).argmax(0) if len(scores) else ids  # (H, W)
         for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):

@@ -94,6 +94,12 @@ def in_one_line(main):
         sys.exit(130)  # Ctrl-C, as in shells; no traceback
 
 
+def bfloat16_on(device):
+    """Autocast to bfloat16 on GPUs that compute in it; older ones would emulate it, slower than float32."""
+    good = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=good)
+
+
 def to_json(value, **options):
     """JSON with null, which every program reads, for the metrics of what does not occur."""
     return json.dumps(value, **options).replace(": NaN", ": null")
@@ -269,7 +275,7 @@ def dominant_thing(rng):
 def indexed(**tables):
     """Convert the tables of an instances file to pycocotools' COCO object."""
     coco = COCO()
-    coco.dataset = tables
+    coco.dataset = dict(info={}) | tables  # loadRes of pycocotools 2.0.9 and 2.0.10 reads info
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -497,7 +503,7 @@ def training_sample(image, labels, boxes, masks, transform):
     """Augment an image and its target.
 
     image: tv_tensors.Image.  labels: n classes.  boxes: n lists xyxy in pixels, or None if there are masks.
-    masks: bool (n, H, W), or None; or, which is faster where masks do not overlap, a map (H, W) of
+    masks: uint8 (n, H, W), or None; or, which is faster where masks do not overlap, a map (H, W) of
     numbers.  Then labels is a dictionary, number -> class, and what has another number is void.
     Returns image and target: see Dense.
     """
@@ -506,8 +512,7 @@ def training_sample(image, labels, boxes, masks, transform):
         corners = torch.tensor(boxes).float().view(-1, 4)
         parts["boxes"] = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=image.shape[-2:])
     else:
-        # Resizing converts bool to float, which is nine times slower than uint8.
-        parts["masks"] = Regions(masks.byte() if masks.dtype == torch.bool else masks)
+        parts["masks"] = Regions(masks)
     image, parts = transform(image, parts)
     if isinstance(labels, dict):
         found = parts["masks"].flatten().unique_consecutive().unique()  # unique alone would sort all pixels
@@ -740,8 +745,8 @@ class Coco(Dense):
         if self.task == "det":
             return labels, [x["box"] for x in found], None
         rles = [x["segmentation"] for x in found]
-        masks = mask_utils.decode(rles) if rles else np.zeros((*size, 0))  # (H, W, n)
-        return labels, None, torch.from_numpy(masks).permute(2, 0, 1).bool().contiguous()
+        masks = mask_utils.decode(rles) if rles else np.zeros((*size, 0), np.uint8)  # (H, W, n)
+        return labels, None, torch.from_numpy(masks).permute(2, 0, 1)
 
 
 class Ade(Dense):

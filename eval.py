@@ -42,8 +42,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from tqdm import tqdm
 
 from clusterformer import VERSION, ClusterFormer, grid_shape, trace
-from data import InputError, Parser, as_float, batches_of, default_workers, expect, in_one_line, lists
-from data import make_dataset, number, read_photo, start_processes, to_json
+from data import InputError, Parser, as_float, batches_of, bfloat16_on, default_workers, expect, in_one_line
+from data import lists, make_dataset, number, read_photo, start_processes, to_json
 
 COCO_METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 
@@ -261,16 +261,17 @@ def evaluate(model, dataset, device, batch_size=128, workers=0, save=None):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     keys = [(0, index) for index in range(rank, len(dataset), world_size)]
     collate = None if task == "cls" else lists  # None stacks: each tensor from a worker takes a file handle
-    batches = batches_of(dataset, workers, device, sampler=keys, batch_size=batch_size, collate_fn=collate)
+    total = math.ceil(len(keys) / batch_size)
+    options = dict(sampler=keys, batch_size=batch_size, collate_fn=collate)
+    batches = batches_of(dataset, min(workers, total), device, **options)
     folder = save.removesuffix(".json") if save and task in ("sem", "pan") else None
     if folder:
         os.makedirs(folder, exist_ok=True)
-    total = math.ceil(len(keys) / batch_size)
     with contextlib.closing(batches):
         for images, targets in tqdm(batches, "evaluate", total, leave=False, disable=True if rank else None):
             images = [as_float(image.to(device, non_blocking=True)) for image in images]
             sizes = None if task == "cls" else [tuple(target["size"]) for target in targets]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with bfloat16_on(device):
                 predictions = model.predict(images, sizes)
             for target, prediction in zip(targets, predictions):
                 scores.append(score_image(dataset, task, target, prediction, folder))
@@ -545,6 +546,8 @@ def main():
     model, checkpoint = load_checkpoint(args.checkpoint)
     settings, classes, task = checkpoint["settings"], checkpoint["classes"], model.task
     check_arguments(args, task, classes, rank)
+    if world_size > 1:
+        dist.barrier()  # now others may write beside what was checked
     model.to(device)
     size = args.image_size or settings["test_size"]
     if args.images:

@@ -39,9 +39,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from clusterformer import TASKS, VARIANTS, VERSION, ClusterFormer
-from data import GlobalBatches, InputError, Parser, SkipBroken, as_float, batches_of, count_images
-from data import default_workers, expect, in_one_line, make_dataset, mix, number, stacked, start_processes
-from data import to_json
+from data import GlobalBatches, InputError, Parser, SkipBroken, as_float, batches_of, bfloat16_on
+from data import count_images, default_workers, expect, in_one_line, make_dataset, mix, number, stacked
+from data import start_processes, to_json
 from eval import describe, evaluate, read_checkpoint
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +123,8 @@ def make_parser():
     workers = "loader processes per process (spare cores, at most 16)"
     add("--workers", type=number(int, 0), default=default_workers(), help=workers)
     add("--accumulate", type=number(int, 1), default=1, help="passes per step, to save memory (1)")
-    add("--compile", action="store_true", help="torch.compile the model: slow to start, then faster")
+    compiled = "torch.compile the model: slow to start, then faster"
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiled)
     add("--iterations", type=number(int, 1), default=3, help="T, EM iterations of each clustering (3)")
     add("--weight-decay", type=number(float, 0), default=0.05, help="of matrices and kernels (0.05)")
     add = parser.add_argument_group("in the recipe, unless given").add_argument
@@ -190,8 +191,9 @@ def take_weights(model, path):
     if any(name.startswith("head.neck.") for name in theirs.keys() ^ ours.keys()):
         # det has no map of stride 4, so the same number in a name is of another stride.
         fitting = {name: x for name, x in fitting.items() if not name.startswith("head.neck.")}
-    fits = any(name.startswith("backbone.stages") for name in fitting)
-    expect(fits, f"{path}: its backbone does not fit; give the --variant it was trained with")
+    stages = lambda state: {name: x.shape for name, x in state.items() if name.startswith("backbone.stages.")}
+    fits = stages(theirs) == stages(ours)
+    expect(fits, f"{path}: its backbone is another; leave --variant out to take that of the checkpoint")
     return model.load_state_dict(fitting, strict=False).missing_keys
 
 
@@ -352,7 +354,7 @@ class Run:
             # Processes exchange gradients once per step, in the last chunk.
             more_follow = self.world_size > 1 and i < len(chunks) - 1
             with self.runner.no_sync() if more_follow else contextlib.nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with bfloat16_on(device):
                     output = self.runner(images)
                 losses = self.model.loss(output, targets)
                 losses = {name: loss / total for name, loss in losses.items()}
@@ -388,7 +390,7 @@ class Run:
             if self.rank == 0:
                 print(f"step {self.step + 1} is skipped: its loss or gradient is not finite", file=sys.stderr)
             remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
-            what = f"{MAX_BAD_STEPS} steps in a row were not finite: {remedy}; --resume starts before them"
+            what = f"{MAX_BAD_STEPS} steps in a row were not finite: {remedy}; {self.last} is from before"
             expect(self.bad_steps < MAX_BAD_STEPS, what)
         self.optimizer.zero_grad()
         self.step += 1
@@ -397,7 +399,7 @@ class Run:
     def end_epoch(self, started, first_step):
         """Evaluate, log and save.  started, first_step: when the epoch began, or was resumed."""
         settings, epoch, metrics = self.settings, len(self.log) + 1, {}
-        seconds = time.time() - started
+        seconds = max(1e-9, time.time() - started)  # a run that is resumed here has done no step
         if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
             if self.rank == 0:
                 self.write_checkpoint()
