@@ -1697,7 +1697,7 @@ def test_recipes_depend_on_task_and_data_and_flags_come_before_them(tmp_path, mo
     assert half.lr == imagenet.lr / 2 and half.clip == 0 < imagenet.clip and imagenet.mixup == 0.8
     assert parse("--task inst --data D").schedule == "step" and parse("--lr 1 --batch-size 1").lr == 1
     few = {count: parse("--task inst --data D", count) for count in (5, 136, 9_999)}
-    assert [(x.batch_size, x.epochs) for x in few.values()] == [(4, 2200), (8, 81), (8, 12)]
+    assert [(x.batch_size, x.epochs) for x in few.values()] == [(4, 1800), (8, 67), (8, 12)]
     assert {(x.variant, x.backbone_rate) for x in few.values()} == {("nano", 1.0)}
     assert {parse(f"--task {task} --data D").backbone_rate for task in DENSE} == {0.1}
     model = cf.ClusterFormer("cls", "nano", 8, patch_size=2, iterations=1)

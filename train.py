@@ -83,7 +83,7 @@ def small_recipe(task, count, patch_size):
         recipe |= dict(image_size=4 * unit, test_size=6 * unit, epochs=min(300, max(30, 410_000 // count)))
         recipe |= dict(smoothing=0.1, min_scale=0.2, randaugment=9)
     else:
-        recipe |= dict(image_size=8 * unit, test_size=8 * unit, epochs=max(12, math.ceil(11_000 / count)))
+        recipe |= dict(image_size=8 * unit, test_size=8 * unit, epochs=max(12, math.ceil(9_000 / count)))
         recipe |= dict(batch_size=8, ema=0.995, min_scale=0.5, color=1.0)
     while recipe["batch_size"] > count:
         recipe["batch_size"] //= 2
