@@ -55,7 +55,7 @@ same blocks without clusters are ahead on small images, and T = 3 is not shown t
     q, k, v  a d x d matrix per head; D x D takes a fifth more time.  v starts as the identity; in stage 1 q and k do
              as well, so that clusters group what looks alike.  In deeper stages their random start learns better
     M-step   a mean, since a sum would grow with N; section 2 tells why its weights are not M alone.  It is added to C,
-             as in kMaX-DeepLab (2022), so that a center of the decoder stays with its object; so does the backbone
+             as in kMaX-DeepLab (2022), so that a center of the decoder stays with its object; the backbone shares this
     p_i'     sim is K M_ki, already computed, and this K cancels 1/K; the MLP inside the sum runs K times, not N times
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
@@ -943,7 +943,7 @@ def top_detections(probability, boxes):
 class DenseHead(nn.Module):
     """What detection and segmentation share.  A task adds final_prediction, for one image:
 
-    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks(n centers): probabilities (n, H, W); or None.
+    probability: (K, classes).  boxes: (K, 4) xyxy in pixels.  masks(centers) returns probabilities (n, H, W).
     """
 
     with_masks = True

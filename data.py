@@ -465,7 +465,8 @@ def dense_train_transform(task, size, least, color):
         steps = [v2.RandomShortestSize(range(round(least * size), 2 * size + 1), max_size=8 * size)]
     else:
         steps = [v2.ScaleJitter((size, size), (least, 2.0))]
-    # Photographs are smaller now.  RandomPhotometricDistort would also swap red and blue, as of sand and sky.
+    # After resizing, since a photograph may have a hundred times the pixels of a crop.
+    # RandomPhotometricDistort would also swap red and blue, which distinguish sand and sky.
     steps += [v2.ColorJitter(0.125 * color, 0.5 * color, 0.5 * color, 0.05 * color)] if color else []
     fill = {tv_tensors.Image: MEAN_COLOR, "others": 0}
     crop = v2.RandomCrop(size, pad_if_needed=True, fill=fill)

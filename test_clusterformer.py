@@ -1940,7 +1940,7 @@ def test_after_20_bad_steps_a_run_stops_and_its_checkpoint_is_from_before_them(t
     spoil(monkeypatch, range(3, 100))
     arguments = [*QUICK, "--batch-size", 4, "--epochs", 1, "--checkpoint-every", 0, "--out", tmp_path]
     message = failure(train, capsys, *arguments)
-    assert re.search("20 steps in a row were not finite: lower --lr .*last.pt is from before", message)
+    assert re.search("20 steps in a row not finite: lower --lr .*last.pt has older weights", message)
     assert step_of(tmp_path) == 3
 
 

@@ -390,7 +390,7 @@ class Run:
             if self.rank == 0:
                 print(f"step {self.step + 1} is skipped: its loss or gradient is not finite", file=sys.stderr)
             remedy = f"lower --lr (it is {lr:.1e} here) or --clip, or check these images"
-            what = f"{MAX_BAD_STEPS} steps in a row were not finite: {remedy}; {self.last} is from before"
+            what = f"{MAX_BAD_STEPS} steps in a row not finite: {remedy}; {self.last} has older weights"
             expect(self.bad_steps < MAX_BAD_STEPS, what)
         self.optimizer.zero_grad()
         self.step += 1
