@@ -42,21 +42,21 @@ THIS FILE, with q, k and v for the projections:
 
     initial centers   C(0)   = pool(I) + FFN(pool(I))
     E-step            M(t)   = softmax_K( S(t) ),  S(t) = scale * cos( q(C(t)), k(I) )     t = 0 .. T
-    M-step            C(t+1) = C(t) + softmax_N( S(t) + log M(t) ) v(I)                        t < T
+    M-step            C(t+1) = C(t) + mean of v(I), each token weighted by M(t) exp(S(t))      t < T
     dispatching       p_i'   = p_i + sum_k M_ki(T) MLP(C_k(T))
 
 Where it differs from the paper, and why.  (.github/EXPERIMENTS.md has the figures.  At equal time the
-same blocks without clusters are ahead on small images, and T = 3 is not shown to beat T = 1.)
+same blocks without their clustering are ahead on small images, and T = 3 is not shown to beat T = 1.)
 
     C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
-    K        at most 5 x 5 in the backbone, which takes a third less time than 100; 100 in the decoder
+    K        at most 5 x 5 in the backbone, which takes a third less time than the paper's 100; 100 in the decoder
     S        a cosine with a learned scale per head.  A plain dot product ends in a hard assignment; with
              1/sqrt(d), M starts so evenly that all means are nearly equal
     q, k, v  a d x d matrix per head; D x D takes a fifth more time.  v starts as the identity; in stage 1 q and k do
              as well, so that clusters group what looks alike.  In deeper stages their random start learns better
-    M-step   a mean, since a sum would grow with N; section 2 tells why its weights are not M alone.  It is added to C,
-             as in kMaX-DeepLab (2022), so that a center of the decoder stays with its object; the backbone shares this
-    p_i'     sim is K M_ki, already computed, and this K cancels 1/K; the MLP inside the sum runs K times, not N times
+    M-step   a mean, since a sum would grow with N; exp(S), so that a token that matches no center hardly counts.  C is
+             kept and added to, as in kMaX-DeepLab (2022), so that a center of the decoder stays with its object
+    p_i'     for sim we take K M_ki, already computed; this K cancels 1/K.  The MLP inside the sum runs K times, not N
     block    a depthwise 3 x 3 convolution first, since clusters ignore where tokens are; an MLP on tokens last
     stem     4 x 4 / 2 and 2 x 2 / 2 convolutions, and a linear map of the coordinates: see Backbone
 
@@ -205,8 +205,8 @@ class RecurrentCrossAttentionClustering(nn.Module):
 
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches this center
     (S), and no other center equally well (M).  With weights M alone, a token that matches no center would blur the
-    means of all.  Here it hardly counts in a mean, but still receives from all clusters.  The decoder adds a bias to S,
-    the log of a prior.  It counts twice in a mean: in S, and again in M, which is computed from S.
+    means of all.  Here it hardly counts in a mean, but still receives from all clusters.  The decoder adds the log of
+    a prior to S.  In a mean this prior counts twice, since S and M both contain it; that is kept, and makes it sharper.
 
     Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
     five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
@@ -427,7 +427,7 @@ class Backbone(nn.Module):
             blocks = [ClusterBlock(dim, heads, iterations, rate, identity_start=i == 0) for rate in rates[i].tolist()]
             self.stages.append(nn.ModuleList(blocks))
         # The last map is so small that a random 3 x 3 convolution would mix much of the image into each token.
-        # Starting from zero, a token describes its own place at first, so that explanations can be read off the map.
+        # Starting from zero, it leaves a token to its own place, so that explanations can be read off the map.
         for block in self.stages[-1]:
             nn.init.zeros_(block.depthwise.weight)
 
@@ -511,12 +511,12 @@ class ClassificationHead(nn.Module):
 #
 # Paper (abstract): the same clustering solves these tasks, too.  That is all we have read of it, so most of this is
 # known from other work.  The figures are what a task scores less without the part (negative: more); none: not tried.
-# Scores are mask AP (inst) after a short run on drawn scenes, mIoU (sem) and box AP (det) after a quarter of that run,
-# of one seed: 0.02 may be chance.  Where one part is missing, others make up for it; on photographs, all may differ.
+# They are of one seed, on drawn scenes: mask AP of inst after a short run, mIoU of sem and box AP of det each after a
+# quarter of one.  0.02 may be chance.  Where a part is missing, others make up for it; on photographs, all may differ.
 #
 #     part                                                            whose                      inst   sem   det
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
-#       the addition starts at zero, not at random                    ours                       0.04
+#       the addition starts at zero; a random start does harm         ours                       0.04
 #       a depthwise 3 x 3 convolution smooths the sum                 ours                       0.01
 #     100 centers, each pooled from a grid cell; six layers, T = 3    Paper, recalled
 #     the cell is its first box                                       ours
@@ -603,12 +603,11 @@ def box_prior(boxes, height, width):
     A mean over a whole object does not tell how its parts are arranged; four means over its quadrants do.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.  Returns (4, B, K, N).
     """
-    offsets = torch.tensor(QUADRANTS, device="cpu").to(boxes.device, non_blocking=True)  # does not wait for the GPU
-    middles = boxes[..., :2] + boxes[..., 2:] * offsets.view(4, 1, 1, 2)
-    quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
+    x, y, w, h = boxes.unbind(-1)
+    quadrants = [torch.stack([x + a * w, y + b * h, w / 2, h / 2], -1) for a, b in QUADRANTS]  # each (B, K, 4)
     # box_distance is d^2, with d in half sides of the quadrant.  exp(-2 d^2) has sigma = 1/2, a quarter of its side.
     # At least -20: far from all boxes, S decides, not the nearest box.
-    return (-2 * box_distance(quadrants, height, width)).clamp(min=-20).flatten(3)
+    return (-2 * box_distance(torch.stack(quadrants), height, width)).clamp(min=-20).flatten(3)
 
 
 def mask_prior(masks, factor):
@@ -772,14 +771,14 @@ def hungarian(cost):
         column, owner[m] = m, row
         distance, before, done = np.full(m + 1, np.inf), np.full(m + 1, m), np.zeros(m + 1, bool)
         distance[m] = 0
-        while owner[column] >= 0:  # Dijkstra: from a taken column, the path continues as its owner takes another one
+        while owner[column] >= 0:  # Dijkstra: a path may lead over a taken column, whose owner then takes another one
             done[column], at = True, owner[column]
             further = distance[column] + cost[at] - row_price[at] - column_price
             nearer = ~done[:m] & (further < distance[:m])
             distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-        # Columns that are done are nearer than the free one.  Their rows' prices rise by the difference, and their own
-        # fall by it, so that the path's pairs cost 0.  The last of them is column m, which has no price.
+        # New prices make each pair on the path cost 0, and none less: a column that is nearer than the free one gets
+        # cheaper by the difference, and its owner pays that much more.  Column m, the last of `done`, has no price.
         change = distance[column] - distance[done]
         row_price[owner[done]] += change
         column_price[done[:m]] -= change[:-1]
@@ -813,7 +812,7 @@ def uncertain_points(logits):
 def matching_cost(output, target):
     """Roughly what each pair of a target and a center would cost in the losses below: (targets, centers) float32.
 
-    output: predictions for one image, (n centers, ...).  target: as in set_losses.
+    output: predictions for one image, (n centers, ...).  target: as in ClusterFormer.loss.
     """
     labels, boxes, truth = target["labels"], output["boxes"].float(), target["boxes"]
     _, giou = iou_and_giou(cxcywh_to_xyxy(truth)[:, None], cxcywh_to_xyxy(boxes))
@@ -838,7 +837,7 @@ def match(outputs, targets):
     One match per target teaches centers to leave an object to one of them (DETR).  Several give more gradient
     (H-DETR, 2023, adds queries for this); here, only early predictions get several: later layers can still decide.
     If an image has more targets than centers, each center has a match instead.
-    outputs: (B, L, K, ...): L predictions, before the first layer and after each.  targets: as in set_losses.
+    outputs: (B, L, K, ...): L predictions, before the first layer and after each.  targets: as in ClusterFormer.loss.
     Returns image, layer, center and target of the m matches, and the number of matches that the target has
     in this layer, int64 (m,) each.  Targets are counted through the batch.
     """
@@ -852,7 +851,8 @@ def match(outputs, targets):
         n = len(target["labels"])
         most = K // (2 * max(1, n))  # half of the centers should still learn "no object"
         for layer in range(L):
-            times = max(1, min(MATCHES[layer], most)) if layer < min(len(MATCHES), L - 1) else 1
+            early = layer < len(MATCHES) and layer < L - 1
+            times = max(1, min(MATCHES[layer], most)) if early else 1
             rows, centers = hungarian(np.tile(costs[first : first + n, layer], (times, 1)))
             found = i, layer, centers, first + rows % max(1, n), times  # row n is target 0 again
             matches.append(np.stack(np.broadcast_arrays(*found)))  # five rows, a column per match
@@ -892,7 +892,7 @@ def pixel_loss(pixels, masks, labels, image, stride):
 def set_losses(output, targets, stride):
     """All losses of a dense task, weighted sums over all layers: label over centers, the others over targets.
 
-    output, targets: as in ClusterFormer.  stride: image pixels per mask pixel.
+    output, targets: as in ClusterFormer.loss.  stride: image pixels per mask pixel.
     Returns a dictionary of scalars: label, l1 and giou; mask and dice if there are masks; pixel, once, in training.
     """
     if "masks" in output:  # masks of another size would be misaligned
