@@ -52,7 +52,7 @@ same blocks without their clustering are ahead on small images, and T = 3 is not
     K        at most 5 x 5 in the backbone, which takes a third less time than the paper's 100; 100 in the decoder
     S        a cosine with a learned scale per head.  A plain dot product ends in a hard assignment; with
              1/sqrt(d), M starts so evenly that all means are nearly equal
-    q, k, v  a d x d matrix per head; D x D takes a fifth more time.  v starts as the identity; in stage 1 q and k do
+    q, k, v  a d x d matrix per head; D x D takes a quarter more time.  v starts as the identity; in stage 1 q and k do
              as well, so that clusters group what looks alike.  In deeper stages their random start learns better
     M-step   a mean, since a sum would grow with N; exp(S), so that a token that matches no center hardly counts.  C is
              kept and added to, as in kMaX-DeepLab (2022), so that a center of the decoder stays with its object
@@ -62,8 +62,8 @@ same blocks without their clustering are ahead on small images, and T = 3 is not
 
 A block costs these multiply-adds, in brackets divided by N D for stage 1 of Tiny (N = 3136, K = 25): keys and values
 2 N D d (64); E- and M-steps and dispatching (2 T + 2) N D K (200); convolution 9 N D (9); MLP on tokens 4 N D D (384);
-MLPs on centers 6 K D D (5); queries (T + 1) K D d (1).  This file follows the figure; the authors' release does not:
-centers attend by a softmax over N, then each token goes to its most similar center; no MLP on centers, no dense tasks.
+MLPs on centers 6 K D D (5); queries (T + 1) K D d (1).  The authors' release is another method than their figure's:
+its centers attend by a softmax over N, then each of its tokens goes to the most similar center; it has no dense tasks.
 
 "Paper" marks what follows the paper as we read it, a name and a year other work, "Ours" what is new here.  Sections:
 clustering (1 to 3), backbone (4, 5), classification (6), detection and segmentation (7 to 10), model and trace (11).
@@ -90,7 +90,7 @@ VERSION = 9  # of saved weights, for train.py: raised when older ones would not 
 HEAD_DIM = 32  # channels of a head (Paper, recalled); the decoder's clustering has four heads, see DecoderLayer
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
-QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # of a box: x, y from its middle, in sides
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # x, y of their middles in a box: see box_prior
 MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
 INITIAL_RATIO = 1  # hidden width of the FFN on C(0), in units of D
 DISPATCH_RATIO = 2  # of the MLP on C(T)
@@ -206,7 +206,7 @@ class RecurrentCrossAttentionClustering(nn.Module):
     Ours: softmax_N( S + log M ) = M exp(S) / sum_N M exp(S).  A token weighs much in a mean if it matches this center
     (S), and no other center equally well (M).  With weights M alone, a token that matches no center would blur the
     means of all.  Here it hardly counts in a mean, but still receives from all clusters.  The decoder adds the log of
-    a prior to S.  In a mean this prior counts twice, since S and M both contain it; that is kept, and makes it sharper.
+    a prior to S.  Weights M exp(S) then hold the prior twice, in M and in exp(S); that is kept, and makes it sharper.
 
     Cost: an iteration writes four tensors of N * K numbers per head (S, log M, their sum and the weights;
     five with a bias).  Training keeps log M and the weights: the gradients of softmax need them.
@@ -401,15 +401,15 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet's
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         # Strided convolutions read whole patches, or a pixel more on each side, so a token sees what it stands for.
-        # A padded 3 x 3 / 2 convolution would be off by half a pixel of its input; two here and three between stages,
-        # by half a token of the last map.
+        # A padded 3 x 3 / 2 convolution would be off by half a pixel of its input.  Five of them, two here and three
+        # between stages, would be off by (1 + 2 + 4 + 8 + 16) / 2 pixels: half a token of the last map.
         half = patch_size // 2
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0] // 2, half + 2, stride=half, padding=1),
             nn.GELU(),
             nn.Conv2d(channels[0] // 2, channels[0], 2, stride=2),
         )
-        # Ours: three quarters of the first filters are zero-centered and scaled by 5, to respond to
+        # Ours: three quarters of the first convolution's filters are zero-centered and scaled by 5, to respond to
         # contrast from the start; random filters mostly respond to brightness.
         edges = self.stem[0].weight.data[channels[0] // 8 :]  # a view: (3/4 of the filters, 3, k, k)
         edges.sub_(edges.mean((2, 3), keepdim=True)).mul_(5)
@@ -473,8 +473,8 @@ class ClassificationHead(nn.Module):
 
     Ours: what we read of the paper does not describe this head.  All that follows norm(C_k) is linear, so a logit is
     always a bias plus one contribution per center.  To divide a contribution among the tokens of the last map, hold
-    the weights of the M-steps constant (trace returns them): C_k is linear in the tokens.  Hold the divisor in norm
-    constant, too: norm(C_k) is linear in C_k, plus a bias.  So a contribution is a constant plus a sum over tokens,
+    the weights of the M-steps constant (trace returns them): C_k is linear in the normed tokens.  Hold the divisor in
+    norm constant, too: norm(C_k) is linear in C_k, plus a bias.  So a contribution is a constant plus a sum over tokens,
     which eval.py draws.  An FFN on C(0) would break this.
     """
 
@@ -510,9 +510,9 @@ class ClassificationHead(nn.Module):
 # 7. Detection and segmentation: neck, boxes, and their prior.  From here on, a cluster is an object
 #
 # Paper (abstract): the same clustering solves these tasks, too.  That is all we have read of it, so most of this is
-# known from other work.  The figures are what a task scores less without the part (negative: more); none: not tried.
-# They are of one seed, on drawn scenes: mask AP of inst after a short run, mIoU of sem and box AP of det each after a
-# quarter of one.  0.02 may be chance.  Where a part is missing, others make up for it; on photographs, all may differ.
+# known from other work.  The figures are what a task scores less, of 1, without the part (negative: more); none: not
+# tried.  They are of one seed, on drawn scenes: mask AP after a run of inst; mIoU and box AP after a quarter of runs of
+# sem and det.  0.02 may be chance.  Where a part is missing, others make up for it; on photographs, all may differ.
 #
 #     part                                                            whose                      inst   sem   det
 #     maps are added from coarse to fine                              FPN (2017)                 0.00
@@ -522,7 +522,7 @@ class ClassificationHead(nn.Module):
 #     the cell is its first box                                       ours
 #     S starts with a scale of 2                                      ours
 #     a center looks where its previous box is                        SMCA (2021)
-#       head j looks at quadrant j                                    ours                       0.00  0.00   0.09
+#       head j looks at quadrant j, not at the whole box              ours                       0.00  0.00   0.09
 #     and where its previous mask is                                  Mask2Former (2022)         0.00  0.02
 #     each layer moves the previous box                               Deformable DETR (2021)
 #     attention between centers; "no object"; losses of all layers    DETR (2020)
@@ -716,7 +716,7 @@ class Decoder(nn.Module):
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
             # A center learns how much the distance counts: much among similar objects, little for the sky.  At first,
-            # the factor is some 0.5: a pixel in a corner of the box loses 1.
+            # the factor is some 0.5: a pixel in a corner of the box, where it is 2, loses 1.
             distance = box_distance(boxes.detach(), *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
             masks = masks - (0.5 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
             silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
@@ -777,11 +777,11 @@ def hungarian(cost):
             nearer = ~done[:m] & (further < distance[:m])
             distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-        # New prices make each pair on the path cost 0, and none less: a column that is nearer than the free one gets
-        # cheaper by the difference, and its owner pays that much more.  Column m, the last of `done`, has no price.
-        change = distance[column] - distance[done]
-        row_price[owner[done]] += change
-        column_price[done[:m]] -= change[:-1]
+        # Prices change so that pairs on the path cost 0, and no pair less: where a column is nearer than the free one,
+        # its price falls by the difference, and that of its owner rises by as much.  Column m has no price.
+        change = np.where(done, distance[column] - distance, 0)
+        row_price[owner[done]] += change[done]
+        column_price -= change[:m]
         while column != m:  # back along the path, each row takes the next column
             owner[column] = owner[before[column]]
             column = before[column]
