@@ -45,8 +45,8 @@ THIS FILE, with q, k and v for the projections:
     M-step            C(t+1) = C(t) + mean of v(I), each token weighted by M(t) exp(S(t))      t < T
     dispatching       p_i'   = p_i + sum_k M_ki(T) MLP(C_k(T))
 
-Where it differs from the paper, and why.  (.github/EXPERIMENTS.md has the figures.  At equal time the
-same blocks without their clustering are ahead on small images, and T = 3 is not shown to beat T = 1.)
+Where it differs from the paper, and why.  (.github/EXPERIMENTS.md has the figures.  In half an hour on small images,
+the same blocks without clustering are 4.0 +- 0.6 points ahead, and T = 1 is 2.0 +- 1.0 ahead of T = 3; three seeds.)
 
     C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
     K        at most 5 x 5 in the backbone, which takes a third less time than the paper's 100; 100 in the decoder
@@ -474,8 +474,8 @@ class ClassificationHead(nn.Module):
     Ours: what we read of the paper does not describe this head.  All that follows norm(C_k) is linear, so a logit is
     always a bias plus one contribution per center.  To divide a contribution among the tokens of the last map, hold
     the weights of the M-steps constant (trace returns them): C_k is linear in the normed tokens.  Hold the divisor in
-    norm constant, too: norm(C_k) is linear in C_k, plus a bias.  So a contribution is a constant plus a sum over tokens,
-    which eval.py draws.  An FFN on C(0) would break this.
+    norm constant, too: norm(C_k) is linear in C_k, plus a bias.  So a contribution is a constant plus a sum over
+    tokens, which eval.py draws.  An FFN on C(0) would break this.
     """
 
     def __init__(self, backbone, size, num_classes, iterations, label_smoothing, things):
