@@ -13,7 +13,6 @@ and loss on the validation images, seconds of CPU time so far (training and load
 of an image.  Runs of one seed see the same images in the same order.  Images are decoded once, to
 DIR-SPLIT-PIXELS.npy.  --probe looks at the clusters after so many steps, --cost measures a Tiny.
 --table prints the last epochs of block.jsonl: a line per variant, and the paired differences from "ours".
-A set that is named after a commit is of its backbone and of its variants: check it out to repeat a run.
 """
 
 import argparse
