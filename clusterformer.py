@@ -46,7 +46,7 @@ THIS FILE, with q, k and v for the projections:
     dispatching       p_i'   = p_i + sum_k M_ki(T) MLP(C_k(T))
 
 Where it differs from the paper, and why.  (Figures: .github/EXPERIMENTS.md.  In half an hour of a core on Imagenette,
-top-1 is 4.0 +- 0.6 points higher without clustering, and 2.0 +- 1.0 with T = 1, over three seeds; T = 3 is the paper's.)
+top-1 is 4.0 +- 0.6 points higher without clustering, and 2.0 +- 1.0 with T = 1, in three seeds; T = 3 is the paper's.)
 
     C(0)     FFN is added to the pooled mean, and starts at zero: at first, centers are the means of cells
     K        at most 5 x 5 in the backbone, which takes a third less time than the paper's 100; 100 in the decoder
