@@ -90,7 +90,7 @@ VERSION = 9  # of saved weights, for train.py: raised when older ones would not 
 HEAD_DIM = 32  # channels of a head (Paper, recalled); the decoder's clustering has four heads, see DecoderLayer
 GRID = 5  # centers start from a grid of at most 5 x 5 cells: K = 25
 OBJECT_GRID = 10  # and those of the decoder from 10 x 10 cells: K = 100 (Paper, recalled)
-QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # x, y of their middles in a box: see box_prior
+QUADRANTS = (-0.25, -0.25), (0.25, -0.25), (-0.25, 0.25), (0.25, 0.25)  # middles of a box's, x and y: see box_prior
 MASK_SAMPLES = 12  # per side of a box, of its mask: fine enough for a silhouette
 INITIAL_RATIO = 1  # hidden width of the FFN on C(0), in units of D
 DISPATCH_RATIO = 2  # of the MLP on C(T)
@@ -427,7 +427,7 @@ class Backbone(nn.Module):
             blocks = [ClusterBlock(dim, heads, iterations, rate, identity_start=i == 0) for rate in rates[i].tolist()]
             self.stages.append(nn.ModuleList(blocks))
         # The last map is so small that a random 3 x 3 convolution would mix much of the image into each token.
-        # Starting from zero, it leaves a token to its own place, so that explanations can be read off the map.
+        # Starting from zero, it lets a token describe its own place, so that explanations can be read off the map.
         for block in self.stages[-1]:
             nn.init.zeros_(block.depthwise.weight)
 
@@ -603,11 +603,12 @@ def box_prior(boxes, height, width):
     A mean over a whole object does not tell how its parts are arranged; four means over its quadrants do.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.  Returns (4, B, K, N).
     """
-    x, y, w, h = boxes.unbind(-1)
-    quadrants = [torch.stack([x + a * w, y + b * h, w / 2, h / 2], -1) for a, b in QUADRANTS]  # each (B, K, 4)
+    offsets = torch.tensor(QUADRANTS, device="cpu").to(boxes.device, non_blocking=True)  # from CPU to GPU without a wait
+    middles = boxes[..., :2] + boxes[..., 2:] * offsets.view(4, 1, 1, 2)
+    quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
     # box_distance is d^2, with d in half sides of the quadrant.  exp(-2 d^2) has sigma = 1/2, a quarter of its side.
     # At least -20: far from all boxes, S decides, not the nearest box.
-    return (-2 * box_distance(torch.stack(quadrants), height, width)).clamp(min=-20).flatten(3)
+    return (-2 * box_distance(quadrants, height, width)).clamp(min=-20).flatten(3)
 
 
 def mask_prior(masks, factor):
@@ -716,7 +717,7 @@ class Decoder(nn.Module):
         if self.with_masks:
             masks = torch.einsum("bkd,bhwd->bkhw", self.mask(x), embeddings)
             # A center learns how much the distance counts: much among similar objects, little for the sky.  At first,
-            # the factor is some 0.5: a pixel in a corner of the box, where it is 2, loses 1.
+            # the factor is some 0.5: a pixel in a corner of the box, at distance 2, loses 1.
             distance = box_distance(boxes.detach(), *embeddings.shape[1:3]).clamp(max=8)  # (B, K, H, W)
             masks = masks - (0.5 * self.falloff(x).float().exp()[..., None] * distance).to(masks.dtype)
             silhouettes = in_full_precision(self.silhouette, mask_samples(masks.detach(), boxes.detach()))
@@ -777,7 +778,7 @@ def hungarian(cost):
             nearer = ~done[:m] & (further < distance[:m])
             distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-        # Prices change so that pairs on the path cost 0, and no pair less: where a column is nearer than the free one,
+        # Prices change so that pairs on the path cost 0, and no pair costs less: if a column is nearer than the free one,
         # its price falls by the difference, and that of its owner rises by as much.  Column m has no price.
         change = np.where(done, distance[column] - distance, 0)
         row_price[owner[done]] += change[done]
@@ -851,8 +852,7 @@ def match(outputs, targets):
         n = len(target["labels"])
         most = K // (2 * max(1, n))  # half of the centers should still learn "no object"
         for layer in range(L):
-            early = layer < len(MATCHES) and layer < L - 1
-            times = max(1, min(MATCHES[layer], most)) if early else 1
+            times = max(1, min(MATCHES[layer], most)) if layer < min(len(MATCHES), L - 1) else 1
             rows, centers = hungarian(np.tile(costs[first : first + n, layer], (times, 1)))
             found = i, layer, centers, first + rows % max(1, n), times  # row n is target 0 again
             matches.append(np.stack(np.broadcast_arrays(*found)))  # five rows, a column per match

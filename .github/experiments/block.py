@@ -78,7 +78,6 @@ VARIANTS = {  # the paper's block is as we read it, and nothing else
     "ours, scaled dot product": replace(OURS, similarity="scaled dot"),
     "ours, replace": replace(OURS, residual=False),
     "ours, full projections": replace(OURS, full=True),
-    "ours, no convolution": replace(OURS, depthwise=False),
     "no clusters": replace(OURS, clusters=False),
     "paper": PAPER,
     "paper, mean": replace(PAPER, mean=True),
