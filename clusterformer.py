@@ -603,7 +603,7 @@ def box_prior(boxes, height, width):
     A mean over a whole object does not tell how its parts are arranged; four means over its quadrants do.
     boxes: (B, K, 4) cxcywh as fractions of the image.  height, width: of the map in tokens.  Returns (4, B, K, N).
     """
-    offsets = torch.tensor(QUADRANTS, device="cpu").to(boxes.device, non_blocking=True)  # from CPU to GPU without a wait
+    offsets = torch.tensor(QUADRANTS, device="cpu").to(boxes.device, non_blocking=True)  # does not wait for the GPU
     middles = boxes[..., :2] + boxes[..., 2:] * offsets.view(4, 1, 1, 2)
     quadrants = torch.cat([middles, (boxes[..., 2:] / 2).expand_as(middles)], -1)  # (4, B, K, 4)
     # box_distance is d^2, with d in half sides of the quadrant.  exp(-2 d^2) has sigma = 1/2, a quarter of its side.
@@ -778,7 +778,7 @@ def hungarian(cost):
             nearer = ~done[:m] & (further < distance[:m])
             distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-        # Prices change so that pairs on the path cost 0, and no pair costs less: if a column is nearer than the free one,
+        # Prices change so that pairs on the path cost 0, and no pair costs less: if a column is nearer than the free,
         # its price falls by the difference, and that of its owner rises by as much.  Column m has no price.
         change = np.where(done, distance[column] - distance, 0)
         row_price[owner[done]] += change[done]
