@@ -778,7 +778,7 @@ def hungarian(cost):
             nearer = ~done[:m] & (further < distance[:m])
             distance[:m][nearer], before[:m][nearer] = further[nearer], column
             column = int(np.where(done, np.inf, distance).argmin())
-        # Prices change so that pairs on the path cost 0 and no pair costs less: if a column is nearer than the free one,
+        # Prices change so that the path's pairs cost 0 and no pair costs less: if a column is nearer than the free one,
         # its price falls by the difference, and that of its owner rises by as much.  Column m has no price.
         change = np.where(done, distance[column] - distance, 0)
         row_price[owner[done]] += change[done]
